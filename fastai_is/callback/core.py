@@ -111,7 +111,7 @@ def take(
     "The rows `idxs` of everything in `b` that has `bs` rows; types are kept"
     return apply(lambda t: t[idxs.to(t.device)] if isinstance(t, Tensor) and t.ndim and len(t)==bs else t, b)
 
-# %% ../../nbs/10_callback.core.ipynb #8e39617f
+# %% ../../nbs/10_callback.core.ipynb #4f2476d2
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -195,7 +195,7 @@ class SelectionCB(Callback):
     def _plan(self, order, bs, drop_last):
         s,ids = self.fit_state,torch.from_numpy(np.fromiter(order, np.int64, len(order)))
         if drop_last: ids = ids[:len(ids)//bs*bs]
-        plan = self.plan(ids, bs)
+        plan = self.plan(ids, bs) if len(ids) else None
         s.n,s.full_bs,s.ids,s.bs = len(ids),bs,ids,bs
         if plan is None: return order,bs
         s.ids,s.bs = plan.ids,plan.bs
