@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ImageTensors', 'TensorDL', 'balanced_ids', 'tensor_dls', 'mnist', 'cifar10', 'has_cifar10']
 
-# %% ../nbs/22_data.ipynb #0d87f4ea
+# %% ../nbs/22_data.ipynb #e2bfbd3a
 import hashlib, io, os, tarfile, tempfile, threading, time, warnings, zlib
 from collections import Counter
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from importlib import resources
@@ -104,9 +105,25 @@ class ImageTensors:
         xs,*ys = zip(*items) if isinstance(items[0], tuple) else (items,)
         return self.new(torch.stack([_as_bytes(o, self.x.shape[1:]) for o in xs]), torch.tensor([int(o) for o in ys[0]]) if ys else None)
 
-# %% ../nbs/22_data.ipynb #a6d8a6d1
+# %% ../nbs/22_data.ipynb #ccf4ad6b
+@contextmanager
+def _one_thread():
+    "Let PyTorch work with one thread"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
+
+# %% ../nbs/22_data.ipynb #75952c83
 class TensorDL(TfmdDL):
     "A `TfmdDL` that takes each batch out of whole tensors at once"
+    def __iter__(self):
+        it = super().__iter__()
+        b = next(it, None) # draws the ids too
+        while b is not None:
+            yield b
+            with _one_thread(): b = next(it, None)
+
     def create_batches(self, samps):
         if self.after_item.fs or self.before_batch.fs: return super().create_batches(samps)
         return (self.dataset[ids] for ids in self.chunkify(samps))

@@ -107,6 +107,27 @@ def test_bs_is_read_when_an_epoch_starts():
     assert [len(y) for _,y in [first, *it]] == [5,5,5,5,3]
     assert [len(y) for _,y in dl] == [2]*11 + [1]
 
+def test_threads():
+    "A batch is made by one thread; ids are drawn, and the rest of the program runs, with as many as before."
+    seen,n = [],torch.get_num_threads()
+    def look(x:TensorImage):
+        seen.append(torch.get_num_threads())
+        if len(seen) == 8: raise RuntimeError("planted")
+        return x
+    dl = TensorDL(toy(), bs=5, num_workers=0, after_batch=[Transform(look)])
+    get_idxs = dl.get_idxs
+    try:
+        torch.set_num_threads(3)
+        def drawn():
+            assert torch.get_num_threads() == 3
+            return get_idxs()
+        dl.get_idxs = drawn
+        for _ in dl: assert torch.get_num_threads() == 3
+        assert seen[1:] == [1]*4
+        with pytest.raises(RuntimeError, match="planted"): list(dl)
+        assert len(seen) == 8 and torch.get_num_threads() == 3
+    finally: torch.set_num_threads(n)
+
 def test_n_and_new():
     dl = TensorDL(toy(), bs=5, n=7, num_workers=0)
     assert ids_of(dl) == [[0,1,2,3,4],[5,6]] and len(dl) == 2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ScoreStore', 'Plan', 'PlannedLoader', 'find_seat', 'take', 'SelectionCB']
 
-# %% ../../nbs/10_callback.core.ipynb #4e097dab
+# %% ../../nbs/10_callback.core.ipynb #186ad4e1
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from warnings import warn
 
 import numpy as np, torch
-from torch import Tensor
+from torch import nn, Tensor
 from fastcore.basics import store_attr
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -111,7 +111,7 @@ def take(
     "The rows `idxs` of everything in `b` that has `bs` rows; types are kept"
     return apply(lambda t: t[idxs.to(t.device)] if isinstance(t, Tensor) and t.ndim and len(t)==bs else t, b)
 
-# %% ../../nbs/10_callback.core.ipynb #4f2476d2
+# %% ../../nbs/10_callback.core.ipynb #ea36d777
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -129,6 +129,7 @@ class SelectionCB(Callback):
         layer=None # The layer for scores that look into the model, such as the pre-activations' for 'upper_bound'
     ):
         if seat not in seats: raise ValueError(f"seat={seat!r}: expected one of {', '.join(map(repr, seats))}.")
+        if not (layer is None or isinstance(layer, nn.Module)): raise TypeError(f"layer={layer!r}: expected one of the model's modules, such as `model[-2]`.")
         self.score,self.seat,self.layer = get_score(score),seat,layer
         self.store,self.recent,self.fit_state = ScoreStore(),None,None
         self.counts = dict(forwarded=0, backpropagated=0)

@@ -1,0 +1,157 @@
+"Together with fastai's own callbacks and commands."
+import pytest, torch
+from helpers import *
+from fastai.callback.fp16 import MixedPrecision
+
+METHODS = dict(epoch=lambda: ImportanceCB(keep=.3, gate=None), batch=lambda: ImportanceCB(keep=.3, gate=None, seat='batch'),
+    loss=lambda: ImportanceCB(keep=.3, gate=None, seat='loss'), filter=lambda: BatchLossFilter(.6, gate=None))
+
+class BF16(MixedPrecision):
+    "fastai's own only autocasts CUDA"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast, self.learn.scaler = torch.autocast('cpu', dtype=torch.bfloat16), torch.amp.GradScaler('cpu', enabled=False)
+
+def digits(**kw): return Learner(mnist(n=300), nn.Sequential(Flatten(), nn.Linear(784, 10)), metrics=accuracy, **kw)
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('mix', (MixUp, CutMix))
+def test_mixup(method, mix):
+    dls = make_dls()
+    if mix is CutMix: # which wants images
+        class Image(nn.Module):
+            def forward(self, x): return x.flatten(1)
+        train, valid = make_data()
+        img = lambda items: [(x.view(1, 4, 5), y) for x, y in items]
+        dls, model = DataLoaders(DataLoader(img(train), bs=64, shuffle=True), DataLoader(img(valid), bs=64)), nn.Sequential(Image(), make_net())
+    else: model = make_net()
+    learn = make_learner(dls, model=model)
+    lf = learn.loss_func
+    quiet_fit(learn, 6, [mix(), METHODS[method]()])
+    assert learn.loss_func is lf and learn.recorder.values[-1][2] > .7
+
+def test_mixup_scores_use_the_users_loss():
+    seen = []
+    def score(pred, y, loss_func):
+        seen.append(loss_func)
+        return loss_score(pred, y, loss_func=loss_func)
+    for seat in ('epoch', 'batch', 'loss'):
+        learn = make_learner()
+        seen.clear()
+        quiet_fit(learn, 1, [MixUp(), ImportanceCB(score=score, keep=.5, gate=None, seat=seat)])
+        assert seen and all(lf is learn.loss_func for lf in seen)
+
+def test_keeping_everything_under_mixup_is_plain_mixup():
+    a, b = quiet_fit(make_learner(), 3, MixUp()), quiet_fit(make_learner(), 3, [MixUp(), ImportanceCB(gate=1e9)])
+    assert same(weights(a), weights(b))
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('loss', (LabelSmoothingCrossEntropyFlat(), CrossEntropyLossFlat(weight=torch.tensor([1., 2, 4, 1, 1])), nn.CrossEntropyLoss(label_smoothing=.1)))
+def test_losses(method, loss):
+    learn = quiet_fit(make_learner(loss=loss), 6, METHODS[method]())
+    assert learn.recorder.values[-1][2] > .8
+
+@pytest.mark.parametrize('method', METHODS)
+def test_gradient_accumulation(method):
+    "It counts samples: the number of optimiser steps is what the trained samples allow"
+    steps, w = [], Watch()
+    class Steps(Callback):
+        run_valid = False
+        def after_step(self): steps.append(1)
+    quiet_fit(make_learner(), 4, [w, GradientAccumulation(n_acc=128), Steps(), METHODS[method]()])
+    count, want = 0, 0
+    for b in [b for e in w.ids for b in e]:
+        count += len(b)
+        if count >= 128: count, want = 0, want+1
+    assert len(steps) == want > 0
+
+@pytest.mark.parametrize('method', METHODS)
+def test_mixed_precision(method):
+    dtypes, depth = [], []
+    def score(pred, y, loss_func):
+        dtypes.append(pred.dtype)
+        depth.append(torch.is_autocast_enabled('cpu'))
+        return loss_score(pred, y, loss_func=loss_func)
+    cb = METHODS[method]()
+    if method != 'filter': cb.score = score
+    learn = quiet_fit(make_learner(), 6, [BF16(), cb])
+    assert learn.recorder.values[-1][2] > .75 and not torch.is_autocast_enabled('cpu')
+    if method == 'batch': assert set(dtypes) == {torch.bfloat16}, 'scored as it is trained'
+
+def test_gate_shut_under_mixed_precision_is_plain():
+    a, b = quiet_fit(make_learner(), 3, BF16()), quiet_fit(make_learner(), 3, [BF16(), ImportanceCB(gate=1e9)])
+    assert same(weights(a), weights(b))
+
+@pytest.mark.parametrize('method', METHODS)
+def test_lr_find_does_not_notice(method):
+    def find(cbs):
+        learn = make_learner(cbs=cbs)
+        with learn.no_bar(), learn.no_logging(): lr = learn.lr_find(num_it=20, show_plot=False)
+        return lr.valley, learn.recorder.losses, learn.recorder.metric_names
+    plain, ours = find([]), find([METHODS[method]()])
+    assert plain == ours
+
+@pytest.mark.parametrize('method', METHODS)
+def test_validation_and_predictions_do_not_notice(method):
+    learn = quiet_fit(digits(), 1)
+    with learn.no_bar():
+        plain = learn.validate(), learn.get_preds(ds_idx=0, with_loss=True)
+        learn.add_cb(METHODS[method]())
+        ours = learn.validate(), learn.get_preds(ds_idx=0, with_loss=True)
+    assert list(plain[0]) == list(ours[0])
+    for a, b in zip(plain[1], ours[1]): assert torch.equal(a, b)
+    assert len(learn.metrics) == 1
+
+@pytest.mark.parametrize('method', METHODS)
+def test_export(method, tmp_path):
+    learn = quiet_fit(digits(path=tmp_path, cbs=METHODS[method]()), 2)
+    learn.export()
+    with pytest.warns(UserWarning): again = load_learner(tmp_path/'export.pkl')
+    x = torch.randn(3, 1, 28, 28)
+    torch.testing.assert_close(again.model.eval()(x), learn.model.eval()(x))
+    with learn.no_bar(): learn.show_results(max_n=4)
+
+@pytest.mark.parametrize('method', METHODS)
+def test_save_model(method, tmp_path):
+    learn = make_learner(path=tmp_path)
+    quiet_fit(learn, 4, [SaveModelCallback(monitor='accuracy'), METHODS[method]()])
+    best = max(v[2] for v in learn.recorder.values)
+    with learn.no_bar(): assert learn.validate()[1] == pytest.approx(best)
+
+def test_csv_logger_and_train_metrics(tmp_path):
+    learn = make_learner(path=tmp_path)
+    log = CSVLogger()
+    quiet_fit(learn, 2, [log, ImportanceCB(keep=.3, gate=None)])
+    assert pd.read_csv(tmp_path/log.fname).columns.tolist() == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'kept', 'tau', 'time']
+    learn = make_learner()
+    learn.recorder.train_metrics = True
+    quiet_fit(learn, 2, BatchLossFilter(.6, gate=None))
+    assert 'train_accuracy' in learn.recorder.metric_names
+
+def test_fine_tune_remembers():
+    learn, cb = make_learner(splitter=lambda m: [params(m[:3]), params(m[3:])]), ImportanceCB()
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(2, freeze_epochs=3, base_lr=1e-2, cbs=cb)
+    assert len(cb.store) == 600
+
+def test_two_inputs_and_a_dictionary():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(20, 5)
+        def forward(self, x, extra): return self.lin(x)*extra['scale']
+    train, valid = make_data()
+    wide = lambda items: [(x, dict(scale=torch.ones(1)), y) for x, y in items]
+    def collate(b): return torch.stack([o[0] for o in b]), dict(scale=torch.stack([o[1]['scale'] for o in b])), torch.stack([o[2] for o in b])
+    for seat in ('epoch', 'batch', 'loss'):
+        dls = DataLoaders(DataLoader(wide(train), bs=64, shuffle=True, create_batch=collate), DataLoader(wide(valid), bs=64, create_batch=collate))
+        dls.n_inp = 2
+        learn = quiet_fit(make_learner(dls, model=Net()), 5, ImportanceCB(keep=.3, gate=None, seat=seat))
+        assert learn.recorder.values[-1][2] > .8
+
+@pytest.mark.parametrize('seat', ('epoch', 'batch', 'loss'))
+def test_named_layer(seat):
+    "Log-probabilities and NLLLoss score, and therefore train, like logits and cross-entropy"
+    def run(model, loss, **kw): return quiet_fit(make_learner(model=model, loss=loss), 3, ImportanceCB(keep=.3, gate=None, seat=seat, **kw))
+    set_seed(0); net = make_net()
+    logits = run(deepcopy(net), nn.CrossEntropyLoss())
+    other = deepcopy(net)
+    logp = run(nn.Sequential(other, nn.LogSoftmax(1)), nn.NLLLoss(), layer=other[-1])
+    for a, b in zip(logits.model.parameters(), logp.model.parameters()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

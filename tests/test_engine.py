@@ -1,0 +1,317 @@
+"The engine and its two first callbacks: what is trained on, with which weights, and that nothing else changes."
+import warnings
+
+import pytest, torch
+from helpers import *
+from fastai_is.callback.core import PlannedLoader
+
+PLAIN_SETTINGS = dict(
+    keep_all=lambda: ImportanceCB(keep=1), keep_all_batch=lambda: ImportanceCB(keep=1, seat='batch'), keep_all_loss=lambda: ImportanceCB(keep=1, seat='loss'),
+    gate_shut=lambda: ImportanceCB(gate=1e9), gate_shut_keep=lambda: ImportanceCB(keep=.3, gate=1e9), gate_shut_batch=lambda: ImportanceCB(keep=.3, seat='batch', gate=1e9),
+    gate_shut_loss=lambda: ImportanceCB(keep=.3, seat='loss', gate=1e9), loss_score=lambda: ImportanceCB(score='loss', gate=1e9),
+    filter_all=lambda: BatchLossFilter(1.), filter_min=lambda: BatchLossFilter(.5, min_sample_perc=1.), filter_guarded=lambda: BatchLossFilter(.999999, 2/3),
+    filter_scheduled=lambda: BatchLossFilter(.5, schedule_func=lambda pct: 0., gate=None))
+
+@pytest.mark.parametrize('setting', PLAIN_SETTINGS)
+def test_keeping_everything_is_plain_training_bit_for_bit(setting):
+    plain, ours = quiet_fit(make_learner(), 5), quiet_fit(make_learner(), 5, PLAIN_SETTINGS[setting]())
+    assert same(weights(plain), weights(ours))
+    n = len(plain.recorder.metric_names)-2
+    assert [v[:n] for v in plain.recorder.values] == [v[:n] for v in ours.recorder.values], 'nor do the losses in the table change'
+
+def test_one_epoch_is_plain():
+    assert same(weights(quiet_fit(make_learner(), 1)), weights(quiet_fit(make_learner(), 1, ImportanceCB())))
+
+@pytest.mark.parametrize('cb', (lambda: ImportanceCB(keep=.3, gate=None), lambda: ImportanceCB(keep=.3, gate=None, seat='batch'), lambda: ImportanceCB(),
+    lambda: ImportanceCB(seat='loss', keep=.3, gate=None), lambda: BatchLossFilter(gate=None)))
+def test_reproducible_and_learns(cb):
+    a, b = [quiet_fit(make_learner(), 5, cb()) for _ in range(2)]
+    assert same(weights(a), weights(b))
+    assert a.recorder.values[-1][2] > .8
+
+def run_epochs(cb=None, epochs=3, **kw):
+    w = Watch()
+    set_seed(0) # the loader draws its seed when it is made
+    learn = quiet_fit(make_learner(make_dls(**kw)), epochs, [w]+([cb] if cb else []))
+    return learn, w
+
+@pytest.mark.parametrize('kw', (dict(), dict(workers=2), dict(drop_last=True), dict(cls=TfmdDL), dict(cls=TfmdDL, workers=2, drop_last=True), dict(shuffle=False), dict(n=580)))
+def test_epoch_seat_thins_the_loaders_own_windows(kw):
+    "Every step trains on part of what plain fastai would have put into that step; steps and learning rates do not change"
+    (plain, w0), (ours, w1) = run_epochs(**kw), run_epochs(ImportanceCB(keep=1/3, gate=None), **kw)
+    assert [len(e) for e in w0.ids] == [len(e) for e in w1.ids] and w0.lrs == w1.lrs
+    for e0, e1 in zip(w0.ids, w1.ids):
+        for b0, b1 in zip(e0, e1):
+            assert set(b1) <= set(b0) and len(set(b1)) == len(b1)
+            assert len(b1) == (21 if len(b0) == 64 else max(2, round(21*len(b0)/64)))
+    dl = ours.dls.train
+    assert (dl.bs, dl.n, 'get_idxs' in vars(dl), len(dl)) == (64, kw.get('n', 600), False, len(w0.ids[0]))
+
+def test_remembered_scores_belong_to_their_ids():
+    "A model that never changes (learning rate 0, no dropout) has the same score for a sample whenever it is seen"
+    learn, cb = make_learner(model=nn.Linear(20, 5)), ImportanceCB(keep=.3, gate=None, smooth=.5)
+    quiet_fit(learn, 12, cb, lr=0., fit='fit')
+    train, _ = make_data()
+    x, y = torch.stack([a for a, _ in train]), torch.stack([b for _, b in train])
+    want = upper_bound(learn.model(x), y, loss_func=learn.loss_func).detach()
+    seen = ~cb.store.values.isnan()
+    assert seen.sum() > 500
+    torch.testing.assert_close(cb.store.values[seen], want[seen.nonzero()[:, 0]])
+
+def test_every_sample_comes_back():
+    "Half kept, smooth 0.4: a chance of at least 0.2 an epoch, so that forty epochs miss any of 600 with a probability below 0.1"
+    learn, cb, w = make_learner(), ImportanceCB(keep=.5, gate=None, smooth=.4), Watch()
+    quiet_fit(learn, 50, [cb, w], fit='fit', lr=1e-2)
+    assert len({i for e in w.ids[10:] for b in e for i in b}) == 600
+
+def test_repeated_ids():
+    wgts = np.r_[np.full(30, 20.), np.ones(570)]
+    train, valid = make_data()
+    from fastai.callback.data import WeightedDL
+    dls = DataLoaders(WeightedDL(train, bs=64, wgts=wgts, shuffle=True), DataLoader(valid, bs=64))
+    w = Watch()
+    quiet_fit(make_learner(dls), 3, [w, ImportanceCB(keep=.5, gate=None)])
+    counts = Counter(i for e in w.ids for b in e for i in b)
+    assert max(counts.values()) > 3 and sum(v for k, v in counts.items() if k < 30) > .25*sum(counts.values()), 'the loader\'s own weights still act'
+
+@pytest.mark.parametrize('bias', (1., .5, 0.))
+@pytest.mark.parametrize('seat', ('epoch', 'batch', 'loss'))
+def test_the_step_is_the_weighted_mean(seat, bias):
+    "What is back-propagated, and what is logged, against the definition"
+    seen = []
+    class Check(Callback):
+        order, run_valid = ImportanceCB.order+1, False
+        def after_loss(self):
+            s = self.learn.importance.fit_state
+            if seat == 'loss': return seen.append((self.learn.loss, self.loss_func(self.pred, *self.yb)))
+            if s.w is None: return
+            l = F.cross_entropy(self.pred, self.y, reduction='none')
+            w = s.w if bias == 1 else s.w**bias/(s.w**bias).mean()
+            torch.testing.assert_close(self.learn.loss_grad, (w*l).mean())
+            torch.testing.assert_close(self.learn.loss, (s.w*l).mean().detach())
+            assert len(s.w) == len(l) < 64
+            seen.append(1)
+    cb = ImportanceCB(keep=.3, gate=None, seat=seat, bias=bias)
+    cb.__class__ = type('Importance', (ImportanceCB,), {})
+    quiet_fit(make_learner(loss=nn.CrossEntropyLoss()), 3, [cb, Check()])
+    assert len(seen) == 30
+    if seat == 'loss': assert all(torch.equal(a.detach(), b.detach()) for a, b in seen), 'in the loss seat the logged loss is that of the whole batch'
+
+def full_gradient(model, x, y, lf):
+    gs = torch.autograd.grad(lf(model(x), y), list(model.parameters()))
+    return torch.cat([g.flatten() for g in gs])
+
+@pytest.mark.parametrize('loss', (CrossEntropyLossFlat(), CrossEntropyLossFlat(weight=torch.tensor([1., 2, 8, 1, 4])), CrossEntropyLossFlat(reduction='sum')))
+@pytest.mark.parametrize('seat', ('batch', 'loss', 'epoch'))
+def test_bias_1_is_unbiased_through_the_callback(seat, loss):
+    "The mean step over many choices from one and the same window is the plain step; with bias=0 it is not"
+    train, valid = make_data(32)
+    x, y = torch.stack([a for a, _ in train]), torch.stack([b for _, b in train])
+    def steps(bias, n=1500):
+        dls = DataLoaders(DataLoader(train, bs=32), DataLoader(valid, bs=32))
+        learn, grads = make_learner(dls, model=nn.Linear(20, 5), loss=deepcopy(loss)), []
+        class Grab(Callback):
+            run_valid = False
+            def before_step(self): grads.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]))
+        cb = ImportanceCB(keep=.3, gate=None, seat=seat, bias=bias, smooth=.1)
+        if seat == 'epoch': # a fit whose first epoch is whole, so that the normaliser is that of the whole window
+            cb.plan, plan = (lambda ids, bs: None if not len(cb.store) else plan(ids, bs)), cb.plan
+        learn.validate = noop
+        with learn.no_bar(), learn.no_logging(), replacing(learn, '_do_epoch_validate', noop): learn.fit(n, 0., cbs=[cb, Grab()])
+        return torch.stack(grads[1:]), full_gradient(learn.model, x, y, loss)
+    got, want = steps(1.)
+    z = (got.mean(0)-want).abs()/(got.std(0)/len(got)**.5+1e-6)
+    assert z.max() < 4.5
+    got, want = steps(0.)
+    z = (got.mean(0)-want).abs()/(got.std(0)/len(got)**.5+1e-6)
+    assert z.max() > 8, 'the test would notice'
+
+@contextmanager
+def replacing(o, attr, val):
+    setattr(o, attr, val)
+    try: yield
+    finally: delattr(o, attr)
+
+def test_inflation_predicts_the_variance_of_real_gradients():
+    "Digits, an MLP after some training, exact gradient norms as scores; windows of 64, a third kept"
+    dls = mnist(n=2000, bs=64)
+    torch.manual_seed(0)
+    model = nn.Sequential(Flatten(), nn.Linear(784, 12), nn.ReLU(), nn.Linear(12, 10))
+    learn = quiet_fit(Learner(dls, model), 4, lr=5e-3)
+    x, y = learn.dls.train.new(bs=1500, shuffle=False, drop_last=False).one_batch()
+    x, y = x.as_subclass(Tensor), y.as_subclass(Tensor)
+    ps = {k: v.detach() for k, v in model.named_parameters()}
+    def loss(ps, x, y): return F.cross_entropy(torch.func.functional_call(model, ps, (x[None],)), y[None])
+    gs = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(ps, x, y)
+    G = torch.cat([g.flatten(1) for g in gs.values()], 1).detach()
+    s, g, mean = G.norm(dim=1), torch.Generator().manual_seed(0), G.mean(0)
+    whole, part, pred = 0., 0., []
+    for _ in range(2500):
+        ids = torch.randperm(len(G), generator=g)[:64]
+        sel = systematic(s[ids], 21, .2, g)
+        whole += (G[ids].mean(0)-mean).square().sum()
+        part += ((sel.weights[:, None]*G[ids[sel.idxs]]).mean(0)-mean).square().sum()
+        pred.append(s[ids])
+    measured, predicted = float(part/whole), float(inflation(torch.stack(pred), 21, .2))
+    assert measured > 1.02 and abs((predicted-1)/(measured-1)-1) < .35, (measured, predicted)
+    assert abs(predicted/measured-1) < .1, (measured, predicted)
+
+# Columns and counts
+def test_columns_and_counts():
+    learn, w, cb = make_learner(), Watch(), ImportanceCB(keep=.25, gate=None, seat='batch')
+    quiet_fit(learn, 2, [w, cb])
+    assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'kept', 'tau', 'time']
+    trained = sum(len(b) for e in w.ids for b in e)
+    assert cb.counts == dict(forwarded=2*600+trained, backpropagated=trained)
+    assert abs(learn.recorder.values[-1][3]-trained/2/600) < .01
+    assert learn.recorder.values[-1][4] >= 1
+
+def test_train_loss_compares_with_plain():
+    "At a learning rate of 0 the losses logged estimate the same number; a mean over the chosen would be far above"
+    learn = quiet_fit(make_learner(model=nn.Linear(20, 5)), 5)
+    def logged(cb=None):
+        w = Watch()
+        quiet_fit(learn, 30, [w]+([cb] if cb else []), lr=0., fit='fit')
+        return np.mean(w.loss), np.mean(w.loss_grad)
+    plain, _ = logged()
+    for cb in (ImportanceCB(keep=.3, gate=None, bias=0.), ImportanceCB(keep=.3, gate=None, seat='batch', bias=0.), BatchLossFilter(.6, gate=None)):
+        loss, chosen = logged(cb)
+        assert abs(loss/plain-1) < .04 and chosen/plain > 1.15, cb
+
+# The gates
+def kept_by_epoch(cb, epochs=6, **kw):
+    set_seed(0)
+    learn = quiet_fit(make_learner(make_dls(**kw)), epochs, cb)
+    i = learn.recorder.metric_names.index('kept')-1
+    return [v[i] for v in learn.recorder.values]
+
+def test_auto_keeps_all_at_first_and_less_later():
+    k = kept_by_epoch(ImportanceCB())
+    assert k[0] == 1 and .1 <= k[-1] < .7 and all(a >= b-.05 for a, b in zip(k, k[1:]))
+    assert kept_by_epoch(ImportanceCB(limit=1.05))[-1] > k[-1] > kept_by_epoch(ImportanceCB(limit=3.))[-1]
+    assert min(kept_by_epoch(ImportanceCB(limit=50., floor=.5))) >= .49
+
+def test_auto_gate_of_a_fixed_share_waits_until_the_prediction_allows_it():
+    k = kept_by_epoch(ImportanceCB(keep=.4), 8)
+    assert k[0] == 1 and set(round(v, 1) for v in k) == {1., .4}
+    assert kept_by_epoch(ImportanceCB(keep=.4, gate=None), 2) == [pytest.approx(.4, abs=.01)]*2, 'no gate: from the first step'
+
+def test_tau_threshold():
+    assert min(kept_by_epoch(ImportanceCB(keep=.4, gate=1.3), 6)) < .5
+    assert kept_by_epoch(ImportanceCB(keep=.4, gate=1e3), 6) == [1.]*6
+    assert min(kept_by_epoch(ImportanceCB(keep=.4, gate=1.3, seat='batch'), 6)) < .5
+
+def test_batch_gate_opens_at_break_even_and_never_for_two_thirds():
+    assert kept_by_epoch(ImportanceCB(keep=.7, seat='batch'), 6) == [1.]*6
+    cb = ImportanceCB(keep=.4, seat='batch', smooth=0.)
+    k = kept_by_epoch(cb, 40)
+    assert k[0] == 1 and k[-1] < .5
+
+def test_no_scoring_pass_while_shut():
+    cb = ImportanceCB(keep=.3, seat='batch', gate=1e9)
+    quiet_fit(make_learner(), 2, cb)
+    assert cb.counts['forwarded'] == cb.counts['backpropagated']
+    cb = BatchLossFilter(.99)
+    quiet_fit(make_learner(), 1, cb)
+    assert cb.counts['forwarded'] == cb.counts['backpropagated']
+
+# BatchLossFilter
+def test_filter_keeps_the_samples_with_most_of_the_loss():
+    seen = []
+    class Check(Callback):
+        order, run_valid = BatchLossFilter.order-1, False
+        def before_batch(self): self.whole = self.xb, self.yb
+    class After(Callback):
+        order, run_valid = BatchLossFilter.order+1, False
+        def before_batch(self):
+            (x,), (y,) = self.learn.check.whole
+            self.model.eval()
+            with torch.no_grad(): l = F.cross_entropy(self.model(x), y, reduction='none')
+            self.model.train()
+            assert ids_of(self.xb) == [ids_of((x,))[i] for i in top_loss(l, .7).idxs]
+            seen.append(len(self.y)/len(y))
+        def after_loss(self): torch.testing.assert_close(self.learn.loss_grad, F.cross_entropy(self.pred, self.y).as_subclass(TensorBase))
+    quiet_fit(make_learner(), 3, [BatchLossFilter(.7, gate=None), Check(), After()])
+    assert min(seen) < .5
+
+def test_filter_guard():
+    k = kept_by_epoch(BatchLossFilter(.9), 12)
+    assert k[0] == 1 and k[-1] < 2/3
+    assert kept_by_epoch(BatchLossFilter(.9, min_sample_perc=.7), 12) == [1.]*12
+
+def test_filter_schedule_scales_what_is_left_out():
+    w = Watch()
+    quiet_fit(make_learner(), 4, [w, BatchLossFilter(0., min_sample_perc=.25, schedule_func=SchedLin(0., 1.), gate=None)])
+    sizes = [len(b) for e in w.ids for b in e]
+    for i, n in enumerate(sizes):
+        bs = 64 if (i+1)%10 else 24
+        assert n == bs-int(i/40*(bs-math.ceil(bs*.25)))
+    with pytest.raises(ValueError, match='schedule_func'): quiet_fit(make_learner(), 1, BatchLossFilter(.5, schedule_func=lambda p: 2., gate=None))
+
+# Memory
+def test_scores_are_remembered_across_fits():
+    learn, cb = make_learner(), ImportanceCB()
+    quiet_fit(learn, 4, cb)
+    n = len(cb.store)
+    assert n == 600
+    quiet_fit(learn, 2, cb)
+    assert learn.recorder.values[0][3] < 1, 'the second fit selects from its first epoch on'
+    cb.store.clear()
+    quiet_fit(learn, 1, cb)
+    assert learn.recorder.values[0][3] == 1
+
+def test_unseen_ids_come_first():
+    cb = ImportanceCB(keep=.2, gate=None)
+    cb.store.put(torch.arange(590), torch.cat([torch.ones(1), torch.full((589,), .01)]))
+    w = Watch()
+    quiet_fit(make_learner(), 1, [w, cb])
+    got = {i for b in w.ids[0] for i in b}
+    assert set(range(590, 600)) <= got
+
+# Loaders without ids
+def no_ids(kind):
+    train, valid = make_data()
+    if kind == 'pytorch': return DataLoaders(torch.utils.data.DataLoader(train, batch_size=64, shuffle=True), torch.utils.data.DataLoader(valid, batch_size=64))
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(train)
+    return DataLoaders(DataLoader(Stream(), bs=64, n=600), DataLoader(valid, bs=64))
+
+@pytest.mark.parametrize('kind', ('pytorch', 'iterable'))
+def test_without_ids_the_batch_seat_is_used(kind):
+    w = Watch()
+    with pytest.warns(UserWarning, match="Using seat='batch'") as ws:
+        quiet_fit(make_learner(no_ids(kind)), 2, [w, ImportanceCB(keep=.25, gate=None)])
+    assert len([o for o in ws if 'seat' in str(o.message)]) == 1
+    assert [len(b) for b in w.ids[1]] == [16]*9+[6]
+
+def test_skipped_items_are_noticed():
+    train, valid = make_data()
+    class Skips(DataLoader):
+        def create_item(self, s):
+            if s%50 == 7: raise SkipItemException()
+            return super().create_item(s)
+    dls = DataLoaders(Skips(train, bs=64, shuffle=True), DataLoader(valid, bs=64))
+    with pytest.warns(UserWarning, match='skipped'): quiet_fit(make_learner(dls), 3, ImportanceCB(keep=.3, gate=None))
+
+def test_language_model_keeps_its_rows():
+    class Rows(DataLoader): seq_len = 5
+    train, valid = make_data()
+    dls = DataLoaders(Rows(train, bs=64), DataLoader(valid, bs=64))
+    w = Watch()
+    with pytest.warns(UserWarning, match="Using seat='loss'"): quiet_fit(make_learner(dls), 1, [w, ImportanceCB(keep=.3, gate=None)])
+    assert [len(b) for b in w.ids[0]] == [64]*9+[24]
+
+# Short batches
+@pytest.mark.parametrize('bs,n', ((64, 65), (64, 66), (1, 5), (2, 7), (700, 600)))
+@pytest.mark.parametrize('cb', (lambda: ImportanceCB(keep=.1, gate=None), lambda: ImportanceCB(keep=.1, gate=None, seat='batch'),
+    lambda: ImportanceCB(keep=.1, gate=None, seat='loss'), lambda: BatchLossFilter(gate=None), lambda: ImportanceCB()))
+def test_short_batches(bs, n, cb):
+    net = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 5)) # without BatchNorm, which cannot take one sample in plain fastai either
+    w = Watch()
+    quiet_fit(make_learner(make_dls(bs=bs, n=n), model=net), 3, [w, cb()])
+    assert all(len(e) == -(-n//bs) and min(map(len, e)) >= 1 for e in w.ids)
+
+def test_at_least_two_samples_where_there_are_two():
+    w = Watch()
+    quiet_fit(make_learner(make_dls(bs=64, n=66)), 3, [w, ImportanceCB(keep=.02, gate=None)])
+    assert {len(b) for e in w.ids for b in e} == {2}
