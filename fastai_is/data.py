@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ImageTensors', 'TensorDL', 'balanced_ids', 'tensor_dls', 'mnist', 'cifar10', 'has_cifar10']
 
-# %% ../nbs/22_data.ipynb #e2bfbd3a
+# %% ../nbs/22_data.ipynb #de03f8b9
 import hashlib, io, os, tarfile, tempfile, threading, time, warnings, zlib
 from collections import Counter
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from copy import copy
-from functools import partial
+from functools import lru_cache, partial
 from importlib import resources
 from numbers import Integral
 from pathlib import Path
@@ -283,7 +283,10 @@ def _mnist_sample():
         d = {k:torch.from_numpy(v) for k,v in np.load(f).items()}
     return [ImageTensors(d[f'{o}_x'][:,None], d[f'{o}_y'].long(), _digits, d[f'{o}_ids'].long(), 'MNIST sample') for o in ('train','valid')]
 
-# %% ../nbs/22_data.ipynb #eb461c62
+# %% ../nbs/22_data.ipynb #b02fd6bf
+@lru_cache
+def _say_once(msg): print(msg)
+
 def _find_mnist(data=None, download=True):
     "Training and validation digits from the first place that has them"
     why = 'download=False'
@@ -297,7 +300,7 @@ def _find_mnist(data=None, download=True):
         try: return _download('MNIST', _download_mnist)
         except OSError as e: why = e
     train,valid = _mnist_sample()
-    print(f'MNIST was neither found nor downloaded ({why}): using the sample of {len(train):,} training and {len(valid):,} validation '
+    _say_once(f'MNIST was neither found nor downloaded ({why}): using the sample of {len(train):,} training and {len(valid):,} validation '
           'digits in fastai_is. FASTAI_IS_DATA can name a folder with the full set.')
     return train,valid
 

@@ -6,11 +6,11 @@
 __all__ = ['score_funcs', 'context_names', 'loss_score', 'upper_bound', 'get_score', 'score_context', 'apply_score', 'last_layer',
            'LayerTap', 'no_trace', 'Scored', 'score_batch', 'make_tap', 'tap_context']
 
-# %% ../nbs/01_scores.ipynb #099ade28
+# %% ../nbs/01_scores.ipynb #a909eb28
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch, torch.nn.functional as F
@@ -112,7 +112,7 @@ def upper_bound(
     if len(gs)==1: return torch.linalg.vector_norm(gs[0].as_subclass(Tensor).float().flatten(1), dim=1)
     return sum(g.float().flatten(1).square().sum(1) for g in gs).sqrt()
 
-# %% ../nbs/01_scores.ipynb #f8367833
+# %% ../nbs/01_scores.ipynb #1d616e3f
 score_funcs = dict(loss=loss_score, upper_bound=upper_bound)
 context_names = 'xb','model','hidden','preact'
 
@@ -125,6 +125,7 @@ def get_score(
     if score not in score_funcs: raise ValueError(f"score={score!r} is unknown: use one of {', '.join(score_funcs)}, or pass a function.")
     return score_funcs[score]
 
+@lru_cache(maxsize=64) # asked for at every step
 def score_context(
     score:Callable # A score
 )->set: # The names in `context_names` that it declares

@@ -41,6 +41,7 @@ def use_home(mp, folder):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     use_home(monkeypatch, tmp_path)
+    data._say_once.cache_clear()
     yield tmp_path/"home"
     fastai_cfg.cache_clear()
 
