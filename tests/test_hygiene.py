@@ -1,5 +1,5 @@
 "Every module comes from one notebook, named alike, and all its public names are in `fastai_is.all`."
-import importlib, re
+import importlib, importlib.util, re
 from pathlib import Path
 
 import pytest
@@ -39,3 +39,9 @@ def test_all_has_every_public_name(module):
     everything, mod = importlib.import_module("fastai_is.all"), importlib.import_module(module_name(module))
     missing = [n for n in mod.__all__ if getattr(everything, n, None) is not getattr(mod, n)]
     assert not missing, f"`fastai_is.all` lacks, or has another: {missing}"
+
+def test_readme_is_the_index():
+    spec = importlib.util.spec_from_file_location("readme", ROOT/".ci"/"readme.py")
+    mod = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mod)
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == mod.readme(), "run python .ci/readme.py"
