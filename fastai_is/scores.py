@@ -156,11 +156,12 @@ def last_layer(
     if not ls: raise ValueError(f"{type(model).__name__} has no linear or convolutional layer: name the one to use with `layer=`.")
     return ls[-1]
 
-# %% ../nbs/01_scores.ipynb #e011d46d
+# %% ../nbs/01_scores.ipynb #6a99ba32
 class LayerTap:
     "While entered, remembers the input (`hidden`) and output (`preact`) of `layer`'s latest forward pass"
     def __init__(self, layer:nn.Module): self.layer,self.hidden,self.preact,self._handle = layer,None,None,None
     def __enter__(self):
+        self.__exit__() # a batch that was cancelled in between may have left a hook
         self._handle = self.layer.register_forward_hook(self._note)
         return self
     def __exit__(self, *args):

@@ -140,3 +140,25 @@ def test_all_zero_scores(method):
     with pytest.warns(UserWarning) as ws: quiet_fit(learn, 2, [w, METHODS[method]()])
     assert len([o for o in ws if 'all zero' in str(o.message)]) == 1
     assert len([b for e in w.ids for b in e]) == 20
+
+def test_two_selections_at_once_are_refused():
+    learn = make_learner(cbs=ImportanceCB())
+    with pytest.raises(ValueError, match='would both select samples: expected one of them'): quiet_fit(learn, 1, BatchLossFilter())
+    assert len(learn.metrics) == 1
+    quiet_fit(learn, 1)
+
+def test_another_data_set_is_not_mistaken_for_the_first():
+    learn, cb = make_learner(), ImportanceCB(keep=.3, gate=None)
+    quiet_fit(learn, 2, cb)
+    learn.dls = make_dls(n=200)
+    quiet_fit(learn, 2, cb)
+    assert len(cb.store.values) <= 200
+
+def test_a_loader_that_draws_its_own_ids():
+    train, valid = make_data()
+    class Own(DataLoader):
+        def __iter__(self): return (to_device(fa_collate(train[i:i+64]), self.device) for i in range(0, 600, 64))
+    w = Watch()
+    with pytest.warns(UserWarning, match='in a way of its own'):
+        quiet_fit(make_learner(DataLoaders(Own(train, bs=64), DataLoader(valid, bs=64))), 2, [w, ImportanceCB(keep=.25, gate=None)])
+    assert [len(b) for b in w.ids[1]] == [16]*9+[6]

@@ -111,7 +111,7 @@ def take(
     "The rows `idxs` of everything in `b` that has `bs` rows; types are kept"
     return apply(lambda t: t[idxs.to(t.device)] if isinstance(t, Tensor) and t.ndim and len(t)==bs else t, b)
 
-# %% ../../nbs/10_callback.core.ipynb #ea36d777
+# %% ../../nbs/10_callback.core.ipynb #0e62efd7
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -131,10 +131,11 @@ class SelectionCB(Callback):
         if seat not in seats: raise ValueError(f"seat={seat!r}: expected one of {', '.join(map(repr, seats))}.")
         if not (layer is None or isinstance(layer, nn.Module)): raise TypeError(f"layer={layer!r}: expected one of the model's modules, such as `model[-2]`.")
         self.score,self.seat,self.layer = get_score(score),seat,layer
-        self.store,self.recent,self.fit_state = ScoreStore(),None,None
+        self.store,self.recent,self.n_ids,self.fit_state = ScoreStore(),None,None,None
         self.counts = dict(forwarded=0, backpropagated=0)
 
     # What a method fills in
+    def start_fit(self): pass
     def plan(self, ids, bs): pass
     def start_epoch(self): pass
     def is_on(self, bs): return True
@@ -156,13 +157,19 @@ class SelectionCB(Callback):
     def before_fit(self):
         self.restore()
         if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return
+        others = [cb for cb in self.learn.cbs if isinstance(cb, SelectionCB) and cb is not self]
+        if others: raise ValueError(f"{self} and {others[0]} would both select samples: expected one of them. Remove the other from the fit or the Learner.")
         check_loss(self.loss_func)
-        names = score_context(self.score)
+        n = getattr(self.dls.train, 'n', None)
+        if self.n_ids not in (None,n): # another data set, with other ids
+            self.store.clear()
+            self.recent = None
+        self.n_ids,names = n,score_context(self.score)
         self.fit_state = SimpleNamespace(seat=find_seat(self.dls.train, self.seat), names=names, tap=make_tap(self.model, names, self.layer),
             loader=None, ids=None, weights=None, bs=0, n=0, generators={}, fresh=[], trained=0, offered=0, inverse_scale=0., full_batches=0,
-            w=None, scale=None, loss=None, scored=False, broken=None, warned=False, tau=None,
-            metrics=[ValueMetric(getattr(self, o), o) for o in self.columns])
+            w=None, scale=None, loss=None, scored=False, broken=None, warned=False, metrics=[ValueMetric(getattr(self, o), o) for o in self.columns])
         self.counts.update(forwarded=0, backpropagated=0)
+        self.start_fit()
         self.learn.metrics = self.learn.metrics + self.fit_state.metrics
 
     def restore(self):
@@ -210,7 +217,8 @@ class SelectionCB(Callback):
         s.fresh.clear()
         self.store.clear()
         self.start_epoch()
-        warn(f"A batch has not the size that was planned (an item may have been skipped), so ids cannot be followed. Using seat='batch' from here on.")
+        warn(f"The batches of this {type(self.dl).__name__} are not those that were planned (an item may have been skipped, or it draws its ids "
+             "in a way of its own), so ids cannot be followed. Using seat='batch' from here on.")
 
     # In the batch
     def before_batch(self):
@@ -220,8 +228,9 @@ class SelectionCB(Callback):
         s.offered += bs
         if s.loader: # the iteration has begun: the `DataLoader` has read what it needs
             s.loader.undo()
+            if not s.loader.begun: self._lose_ids()
             s.loader = None
-        if s.seat=='epoch' and s.ids is not None:
+        if s.seat=='epoch' and not self.off:
             at = self.iter*s.bs
             if bs!=min(s.bs, len(s.ids)-at): self._lose_ids()
             elif s.weights is not None: s.w,s.offered = s.weights[at:at+bs],min((self.iter+1)*s.full_bs, s.n)

@@ -12,7 +12,7 @@ from ..selection import Selection, top_count, top_loss
 from collections.abc import Callable
 import torch
 
-# %% ../../nbs/12_callback.filter.ipynb #4c3b7cde
+# %% ../../nbs/12_callback.filter.ipynb #bec783b8
 class BatchLossFilter(SelectionCB):
     """Train on the smallest part of each batch that carries `loss_perc` of its loss. Biased towards samples with a high loss.
     `train_loss` is the mean over the scoring pass while the filter is on, so it compares with plain training's.
@@ -44,19 +44,20 @@ class BatchLossFilter(SelectionCB):
         if not 0<=f<=1: raise ValueError(f"schedule_func({self.learn.pct_train:.3f}) returned {f!r}: expected a factor from 0 (everything is kept) to 1.")
         return f*(n-k)
 
+    def start_fit(self): self.fit_state.share,self.fit_state.open = (0.,0),False # a running mean of the share kept and its length
+
     def follow(self, losses):
         s,n = self.fit_state,len(losses)
         share = 1 - self._left_out(n, top_count(losses, self.loss_perc).clamp(min=self.min_sample_perc*n))/n
-        m,c = getattr(s, 'share', (0.,0))
-        s.share = .9*m+.1*share,c+1 # smoothed over batches; the start at 0 is corrected for when it is read
+        s.share = .9*s.share[0]+.1*share,s.share[1]+1 # its start at 0 is corrected for when it is read
 
     def is_on(self, bs):
         s = self.fit_state
         if self.gate is None or s.seat=='loss': return True
         if self.learn.train_iter%10==0: # reading the share synchronises
-            m,c = getattr(s, 'share', (1.,0))
+            m,c = s.share
             s.open = c>0 and float(m/(1-.9**c))<2/3
-        return getattr(s, 'open', False)
+        return s.open
 
     def choose(self, losses):
         sel,n = top_loss(losses, self.loss_perc, self.min_sample_perc),len(losses)

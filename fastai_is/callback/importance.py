@@ -13,7 +13,7 @@ from ..variance import break_even, inflation, keep_within, tau
 import torch
 from torch import nn
 
-# %% ../../nbs/11_callback.importance.ipynb #56543e94
+# %% ../../nbs/11_callback.importance.ipynb #300b99b0
 class ImportanceCB(SelectionCB):
     """Train on few important samples instead of many, with weights that make up for the choice. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is (in the loss seat: the mean loss).
@@ -76,11 +76,15 @@ class ImportanceCB(SelectionCB):
         return Plan(torch.cat([w.gather(1, s.idxs).flatten() for w,s in sels]), torch.cat([s.weights.flatten() for _,s in sels]), k)
 
     # In the batch and in the loss
+    def start_fit(self):
+        s = self.fit_state
+        s.share,s.tau = 1.,(0.,0) # a running mean of tau and its length
+        s.open = self.gate is None or s.seat=='loss'
+
     def start_epoch(self):
         s,w = self.fit_state,self.recent
         if self.keep!='auto' and (self.gate is None or s.seat=='batch'): s.share = self.keep # in the batch, the gate follows tau
         else: s.share = 1. if w is None else self.number(w, w.shape[1])/w.shape[1]
-        s.open = self.gate is None or s.seat=='loss' or getattr(s, 'open', False)
 
     def is_on(self, bs):
         s,k = self.fit_state,self._k(bs)
@@ -99,13 +103,12 @@ class ImportanceCB(SelectionCB):
         return systematic(scores, self._k(len(scores)), self.smooth, self.generator(scores.device))
 
     def follow(self, scores):
-        s,new = self.fit_state,tau(scores)
-        m,n = s.tau or (0.,0)
-        s.tau = .9*m+.1*new,n+1 # a running mean whose start at 0 is corrected for when it is read
+        s = self.fit_state
+        s.tau = .9*s.tau[0]+.1*tau(scores),s.tau[1]+1 # its start at 0 is corrected for when it is read
 
     def tau(self):
         "The measure of how unequal the scores are: remembered ones over the epoch, else smoothed over batches"
         s = self.fit_state
         if s is None: return
         if s.seat=='epoch': return tau(self.store.seen()).item() if len(self.store) else None
-        return (s.tau[0]/(1-.9**s.tau[1])).item() if s.tau else None
+        return (s.tau[0]/(1-.9**s.tau[1])).item() if s.tau[1] else None
