@@ -213,6 +213,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastai_is.gradnorm._affine_sq': ('gradnorm.html#_affine_sq', 'fastai_is/gradnorm.py'),
                                     'fastai_is.gradnorm._as_it_was': ('gradnorm.html#_as_it_was', 'fastai_is/gradnorm.py'),
                                     'fastai_is.gradnorm._by_rows': ('gradnorm.html#_by_rows', 'fastai_is/gradnorm.py'),
+                                    'fastai_is.gradnorm._call': ('gradnorm.html#_call', 'fastai_is/gradnorm.py'),
                                     'fastai_is.gradnorm._check_batchnorm': ('gradnorm.html#_check_batchnorm', 'fastai_is/gradnorm.py'),
                                     'fastai_is.gradnorm._check_covered': ('gradnorm.html#_check_covered', 'fastai_is/gradnorm.py'),
                                     'fastai_is.gradnorm._func_sq': ('gradnorm.html#_func_sq', 'fastai_is/gradnorm.py'),

@@ -1,5 +1,6 @@
 from .losses import *
 from .scores import *
+from .gradnorm import *
 from .selection import *
 from .variance import *
 from .callback.core import *

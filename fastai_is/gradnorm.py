@@ -6,11 +6,11 @@
 __all__ = ['norm_rule', 'linear_rule', 'conv_rule', 'embedding_rule', 'batchnorm_rule', 'instancenorm_rule', 'groupnorm_rule',
            'layernorm_rule', 'rmsnorm_rule', 'grad_norms', 'grad_norm_score']
 
-# %% ../nbs/02_gradnorm.ipynb #bf61ac04
+# %% ../nbs/02_gradnorm.ipynb #c108e45c
 import inspect
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from math import prod
 from warnings import warn
 
@@ -18,17 +18,17 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, vjp, vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 import fastai.layers
 from fastai.learner import Learner
-from fastai.torch_core import apply, find_bs, get_random_states, set_random_states, to_device
+from fastai.torch_core import find_bs, get_random_states, set_random_states, to_device
 from .losses import none_reduced, raw_loss, user_loss
 from .scores import no_trace, score_funcs
 
-# %% ../nbs/02_gradnorm.ipynb #fab18845
-_budget = 2**22 # numbers to hold at a time
+# %% ../nbs/02_gradnorm.ipynb #f79882ee
+_budget = 2**24 # numbers to hold at a time
 
 def _by_rows(f, size, *ts):
     "`f` on some rows of `ts` at a time, where each row needs about `size` numbers"
@@ -37,7 +37,7 @@ def _by_rows(f, size, *ts):
 
 def _sq(t):
     "The squared norm of each row"
-    return t.flatten(1).square().sum(1)
+    return torch.linalg.vector_norm(t.flatten(1), dim=1).square()
 
 def _outer_sq(a, g):
     "The squared norm of `sum_t g_t a_t^T` for each row of `a [n,t,i]` and `g [n,t,o]`"
@@ -98,7 +98,7 @@ def embedding_rule(
     if layer.scale_grad_by_freq: rows = rows/times[:,None]
     return g.new_zeros(n).index_add_(0, found//layer.num_embeddings, _sq(rows))
 
-# %% ../nbs/02_gradnorm.ipynb #8cd8260f
+# %% ../nbs/02_gradnorm.ipynb #a863e0a6
 def _affine_sq(layer, xhat, g, channel=True):
     "Squared norms of the gradients of `weight` and `bias`, where the channel is dimension 1, or else the last ones are those of the weight"
     def total(t): return t.reshape(len(t), t.shape[1], -1).sum(2) if channel else t.reshape(len(t), -1, layer.weight.numel()).sum(1)
@@ -114,7 +114,8 @@ def batchnorm_rule(layer, a, g):
 def instancenorm_rule(layer, a, g):
     "Squared gradient norms of InstanceNorm's affine parameters"
     own = layer.training or layer.running_mean is None
-    return _affine_sq(layer, F.instance_norm(a, None if own else layer.running_mean, None if own else layer.running_var, use_input_stats=own, eps=layer.eps), g)
+    mean,var = (None,None) if own else (layer.running_mean,layer.running_var)
+    return _affine_sq(layer, F.instance_norm(a, mean, var, use_input_stats=own, eps=layer.eps), g)
 
 def groupnorm_rule(layer, a, g):
     "Squared gradient norms of GroupNorm's affine parameters"
@@ -136,7 +137,7 @@ norm_rule = {nn.Linear:linear_rule, nn.Conv1d:conv_rule, nn.Conv2d:conv_rule, nn
     nn.GroupNorm:groupnorm_rule, nn.LayerNorm:layernorm_rule}
 if hasattr(nn, 'RMSNorm'): norm_rule[nn.RMSNorm] = rmsnorm_rule
 
-# %% ../nbs/02_gradnorm.ipynb #e88d1608
+# %% ../nbs/02_gradnorm.ipynb #52c50240
 class _CannotSplit(Exception): "Says why a model cannot be taken layer by layer"
 
 _rnns = nn.LSTM,nn.GRU,nn.RNN
@@ -153,8 +154,17 @@ def _units(model):
         else:
             for c in m.children(): visit(c)
     visit(model)
-    if max(Counter(id(m) for u in res for m in u.modules()).values(), default=1)>1: raise _CannotSplit('a module is used inside and outside of another')
+    times = Counter(id(m) for u in res for m in u.modules())
+    if max(times.values(), default=1)>1: raise _CannotSplit('a module is used inside and outside of another')
     return res
+
+def _call(m, ps, args, kwargs=None):
+    """Run `m` with the parameters `ps`, named as by `_trainable`, wherever each is used.
+    (`functional_call` can tie weights by itself, but does not put them back where one module has two names.)"""
+    names,full = {id(p):n for n,p in _trainable(m).items()},{}
+    for pre,o in m.named_modules():
+        full.update({f'{pre}.{k}' if pre else k:ps[names[id(p)]] for k,p in o._parameters.items() if id(p) in names})
+    return functional_call(m, full, args, kwargs, tie_weights=False)
 
 def _has_rule(unit): return type(unit) in norm_rule and _trainable(unit).keys()<={'weight','bias'} and 'weight' in unit._parameters
 
@@ -164,17 +174,17 @@ def _zero_state(unit, x):
     h = x.new_zeros(n, bs, unit.proj_size or unit.hidden_size)
     return (h, x.new_zeros(n, bs, unit.hidden_size)) if isinstance(unit, nn.LSTM) else h
 
-# %% ../nbs/02_gradnorm.ipynb #4d56ff9b
+# %% ../nbs/02_gradnorm.ipynb #1402d54a
 def _key(t): return tuple(get_gradient_edge(t))[:2]
 
 class _Use:
     "One call of a unit: what went in and came out, and where that is in the graph"
     def __init__(self, unit, args, kwargs, out):
-        self.unit = unit
+        self.unit,self.name = unit,type(unit).__name__
         if type(unit) in _rnns and len(args)==1 and not kwargs and isinstance(args[0], Tensor): args += (_zero_state(unit, args[0]),)
         (self.ins,self.spec),self.outs = tree_flatten((args,kwargs)),tree_flatten(out)[0]
         for o in self.ins+self.outs:
-            if not isinstance(o, (Tensor,int,float,str,type(None))): raise _CannotSplit(f'{type(unit).__name__} takes or returns a {type(o).__name__}')
+            if not isinstance(o, (Tensor,int,float,str,type(None))): raise _CannotSplit(f'{self.name} takes or returns a {type(o).__name__}')
         self.tensors = [o for o in self.ins if isinstance(o, Tensor)]
         self.versions = [o._version for o in self.tensors]
         self.sources = [_key(o) for o in self.tensors if o.requires_grad]
@@ -189,16 +199,16 @@ class _Use:
     def _axis(self, a, b, bs, k):
         ds = [d for d,(m,n) in enumerate(zip(a, b)) if m!=n]
         if not ds and len(a)==len(b): return None
-        if len(ds)>1 or len(a)!=len(b) or (a[ds[0]],b[ds[0]])!=(bs,k): raise _CannotSplit(f'samples are merged with other axes before {type(self.unit).__name__}')
+        if len(ds)>1 or len(a)!=len(b) or (a[ds[0]],b[ds[0]])!=(bs,k):
+            raise _CannotSplit(f'samples are merged with other axes before {self.name}')
         return ds[0]
 
     def set_grads(self, grads):
         "Keep the gradients of those outputs that matter, samples first"
         self.grads = {i:g for i,g in grads.items() if g is not None}
-        name = type(self.unit).__name__
-        if len(self.grads)>1 and type(self.unit) not in _rnns: raise _CannotSplit(f'several outputs of {name} are used, and may depend on each other')
-        if self.grads and [o._version for o in self.tensors]!=self.versions: raise _CannotSplit(f'the input of {name} is changed in place')
-        if any(self.out_axes[i] is None for i in self.grads): raise _CannotSplit(f'an output of {name} is common to all samples')
+        if len(self.grads)>1 and type(self.unit) not in _rnns: raise _CannotSplit(f'several outputs of {self.name} are used, and may depend on each other')
+        if self.grads and [o._version for o in self.tensors]!=self.versions: raise _CannotSplit(f'the input of {self.name} is changed in place')
+        if any(self.out_axes[i] is None for i in self.grads): raise _CannotSplit(f'an output of {self.name} is common to all samples')
         self.grads = {i:g.movedim(self.out_axes[i], 0) for i,g in self.grads.items()}
 
     def rule_sq(self):
@@ -214,7 +224,7 @@ class _Use:
         def call(ps, samples):
             samples = iter(samples)
             args,kwargs = tree_unflatten([o if d is None else next(samples).unsqueeze(d) for o,d in zip(ins, self.in_axes)], self.spec)
-            outs = tree_flatten(functional_call(self.unit, ps, args, kwargs))[0]
+            outs = tree_flatten(_call(self.unit, ps, args, kwargs))[0]
             return [outs[i] for i in self.grads]
         def one(samples, gs):
             _,back = vjp(lambda ps: call(ps, samples), {n:p.detach() for n,p in _trainable(self.unit).items()})
@@ -243,7 +253,7 @@ def _func_sq(uses, bs):
         res.append(sum(_sq(g.to(torch.promote_types(g.dtype, torch.float32))) for g in total.values()))
     return torch.cat(res)
 
-# %% ../nbs/02_gradnorm.ipynb #aa41c266
+# %% ../nbs/02_gradnorm.ipynb #310244e7
 def _record(units, model, xb):
     "The model's output, and each call of one of `units`"
     uses = []
@@ -265,7 +275,7 @@ def _check_covered(loss, uses, units):
         if id(getattr(o[0], 'variable', None)) in ids: raise _CannotSplit('a weight is used outside of its layer')
         todo += inside[o].sources if o in inside else o[0].next_functions
 
-def _rows(b, idxs, bs): return apply(lambda t: t[idxs] if isinstance(t, Tensor) and t.ndim and len(t)==bs else t, b)
+def _rows(b, idxs, bs): return tree_map(lambda t: t[idxs] if isinstance(t, Tensor) and t.ndim and len(t)==bs else t, b)
 
 def _split_norms(model, loss_func, xb, yb, bs):
     "Layer by layer"
@@ -277,7 +287,8 @@ def _split_norms(model, loss_func, xb, yb, bs):
     if not all(u.edges for u in uses): raise _CannotSplit('a layer is run without a graph')
     _check_covered(losses, uses, units)
     k = 2 if bs>2 else 1
-    few = _record(units, model, _rows(xb, slice(k), bs))[1]
+    try: few = _record(units, model, _rows(xb, slice(k), bs))[1]
+    except RuntimeError as e: raise _CannotSplit(f'it does not run on {k} of the samples: {e}') from e
     if len(few)!=len(uses): raise _CannotSplit('what is called depends on the number of samples')
     for u,o in zip(uses, few): u.find_axes(o, bs, k)
     edges = [(u,i,e) for u in uses for i,e in u.edges.items()]
@@ -291,17 +302,19 @@ def _split_norms(model, loss_func, xb, yb, bs):
             if _has_rule(u.unit) and all(times[id(p)]==1 for p in _trainable(u.unit).values()): res = res+u.rule_sq()
             else: other.append(u)
         if other:
-            with _plain_kernels(other): res = res+_func_sq(other, bs)
+            try:
+                with _plain_kernels(other): res = res+_func_sq(other, bs)
+            except RuntimeError as e: raise _CannotSplit(f'torch.func: {e}') from e
     return res.sqrt()
 
-# %% ../nbs/02_gradnorm.ipynb #52fe5924
+# %% ../nbs/02_gradnorm.ipynb #ddb0c5c5
 def _vmap_norms(model, loss_func, xb, yb, bs):
     "All samples at once, the model as a whole"
     ps,(flat,spec) = {n:p.detach() for n,p in _trainable(model).items()},tree_flatten((xb,yb))
     axes = tuple(0 if isinstance(o, Tensor) and o.ndim and len(o)==bs else None for o in flat)
     def loss(ps, sample):
         xb,yb = tree_unflatten([o if d is None else o[None] for o,d in zip(sample, axes)], spec)
-        return _own_loss(loss_func, functional_call(model, ps, xb), *yb).sum()
+        return _own_loss(loss_func, _call(model, ps, xb), *yb).sum()
     def one(*sample): return sum(g.square().sum() for g in torch.func.grad(loss)(ps, sample).values())
     return vmap(one, in_dims=axes, randomness='different', chunk_size=max(1, _budget//sum(p.numel() for p in ps.values())))(*flat).sqrt()
 
@@ -314,7 +327,7 @@ def _loop_norms(model, loss_func, xb, yb, bs):
         res.append(sum((g.square().sum() for g in gs if g is not None), torch.zeros_like(loss)).sqrt())
     return torch.stack(res).detach()
 
-# %% ../nbs/02_gradnorm.ipynb #1c7c401d
+# %% ../nbs/02_gradnorm.ipynb #f3c2bda6
 def _reduction(loss_func):
     "The reduction that `loss_func` is set to"
     f = user_loss(loss_func)
@@ -332,8 +345,8 @@ def _check_batchnorm(model):
     for n,m in model.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
             fix = "call `model.eval()` first" if m.running_mean is not None else "it keeps no running statistics, so use another normalisation"
-            raise ValueError(f"{type(m).__name__} {n!r} normalises with the batch's statistics, so that each sample's loss depends on the whole batch "
-                f"and no sample has a gradient of its own: {fix}.")
+            raise ValueError(f"{type(m).__name__} {n!r} normalises with the batch's statistics, so that each sample's loss depends on "
+                f"the whole batch and no sample has a gradient of its own: {fix}.")
 
 @contextmanager
 def _as_it_was(model):
@@ -345,7 +358,7 @@ def _as_it_was(model):
             with torch.no_grad():
                 for b,old in buffers: b.copy_(old)
 
-# %% ../nbs/02_gradnorm.ipynb #8e830117
+# %% ../nbs/02_gradnorm.ipynb #9dbce423
 def grad_norms(
     model:nn.Module, # The network, in the mode that it is to be run in
     loss_func:Callable, # Any loss function that passes `check_loss`
@@ -360,13 +373,12 @@ def grad_norms(
     Sources: Goodfellow, 2015; Rochette et al., 2019; Bu et al., 2022, 'Scalable and Efficient Training of Large Convolutional Neural
     Networks with Differential Privacy' (ghost norms)."""
     _check_batchnorm(model)
-    xb,yb = (apply(lambda t: t.as_subclass(Tensor) if isinstance(t, Tensor) else t, b if isinstance(b, tuple) else (b,)) for b in (xb,yb))
+    xb,yb = (tree_map(lambda t: t.as_subclass(Tensor) if isinstance(t, Tensor) else t, b if isinstance(b, tuple) else (b,)) for b in (xb,yb))
     args = model,loss_func,xb,yb,find_bs(yb)
     with _as_it_was(model), torch.enable_grad():
         if args[-1]<2 or not _trainable(model): return _loop_norms(*args)
         try: return _split_norms(*args).detach()
         except _CannotSplit as e: why = e
-        except RuntimeError as e: why = f'torch.func: {e}'
         try: res,how = _vmap_norms(*args).detach(),'as a whole, by torch.func'
         except Exception: res,how = _loop_norms(*args),'sample by sample, which is slow'
     warn(f"The gradient norms of this {type(model).__name__} are computed {how}: {why}.")
@@ -386,7 +398,7 @@ def grad_norm_score(
 score_funcs['grad_norm'] = grad_norm_score
 _norms = grad_norms
 
-# %% ../nbs/02_gradnorm.ipynb #2c1372b1
+# %% ../nbs/02_gradnorm.ipynb #102de8b3
 @patch
 def grad_norms(self:Learner,
     dl=None # A `DataLoader`; by default the training set in order, every sample of it
@@ -399,7 +411,7 @@ def grad_norms(self:Learner,
         if dl is None: dl = self.dls.train.new(shuffle=False, drop_last=False)
         n_inp = getattr(dl, 'n_inp', 1)
         with no_trace(self.model):
-            for b in progress_bar(dl, display=hasattr(self, 'progress'), leave=False):
+            for b in progress_bar(dl, leave=False) if hasattr(self, 'progress') else dl:
                 b = tuple(to_device(b, device))
                 res.append(_norms(self.model, loss_func, b[:n_inp], b[n_inp:]).cpu())
     finally: set_random_states(**states)

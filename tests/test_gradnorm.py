@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest, torch, torch.nn.functional as F
 from torch import nn
-from fastai.callback.core import Callback
+import fastai.callback.progress
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.layers import ConvLayer, Embedding
@@ -36,6 +36,7 @@ def same(model, lf, xb, yb, quiet=True, dtypes=(torch.float64, torch.float32)):
             got = grad_norms(model, lf, cast(xb), cast(yb))
         torch.testing.assert_close(got, want, rtol=tol, atol=0)
         assert got.dtype == dtype and not got.requires_grad
+        assert all(isinstance(p, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(p) for p in model.parameters())
         said = [str(w.message) for w in seen if 'gradient norms' in str(w.message)]
         assert bool(said) != quiet, said
     return said
@@ -88,7 +89,7 @@ MODELS = dict(
     lstm_deep=(RNNClassifier(bidirectional=True, num_layers=2), ints(11, 5, 7), ints(3, 5), ce),
     lstm_state=(RNNClassifier(state=True, num_layers=2), ints(11, 5, 7), ints(3, 5), ce),
     lstm_time_first=(RNNClassifier(batch_first=False), ints(11, 5, 5), ints(3, 5), ce),
-    lstm_proj=(RNNClassifier(proj_size=6, ) if False else RNNClassifier(nn.RNN, state=True), ints(11, 5, 7), ints(3, 5), ce),
+    rnn=(RNNClassifier(nn.RNN, state=True), ints(11, 5, 7), ints(3, 5), ce),
     gru=(RNNClassifier(nn.GRU, state=True), ints(11, 5, 7), ints(3, 5), ce),
     embedding=(EmbClassifier(), ints(4, 6, 9), ints(3, 6), ce),
     embedding_fastai=(EmbClassifier(Embedding), ints(13, 6, 9), ints(3, 6), ce),
@@ -178,8 +179,16 @@ class Scale(nn.Module):
     def __init__(self): super().__init__(); self.w = nn.Parameter(torch.rand(6))
     def forward(self, x): return x*self.w
 
+class SharedInside(nn.Module):
+    "A layer with parameters of its own, in which one module has two names and a parameter two owners"
+    def __init__(self):
+        super().__init__()
+        self.w, self.a, self.c = nn.Parameter(torch.rand(6)), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b, self.c.weight = self.a, self.a.weight
+    def forward(self, x): return self.c(self.b(self.a(x*self.w).tanh()).tanh())
+
 OTHERS = dict(prelu=nn.Sequential(nn.Linear(6, 6), nn.PReLU(), nn.Linear(6, 3)), scale=nn.Sequential(nn.Linear(6, 6), Scale(), nn.Linear(6, 3)),
-    bilinear=nn.Sequential(nn.Linear(6, 3), Scale().requires_grad_(False)) if False else nn.Sequential(Scale(), nn.Linear(6, 3)),
+    first=nn.Sequential(Scale(), nn.Linear(6, 3)), shared_inside=nn.Sequential(nn.Linear(6, 6), SharedInside()),
     weight_norm=nn.Sequential(nn.Linear(6, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))))
 @pytest.mark.parametrize('case', OTHERS)
 def test_layers_without_a_rule(case): same(OTHERS[case], ce('mean'), xf(5, 6), ints(3, 5))
@@ -246,7 +255,7 @@ class TwoOutputs(nn.Module):
 
 class Inside(nn.Module):
     "Part of a module with parameters of its own, and called directly too"
-    def __init__(self): super().__init__(); self.part, = TwoOutputs.Part(),; self.lin = self.part.lin
+    def __init__(self): super().__init__(); self.part = TwoOutputs.Part(); self.lin = self.part.lin
     def forward(self, x): return self.part(x)[1]+self.lin(x)
 
 class Looks(nn.Module):
@@ -291,7 +300,7 @@ def test_class_weights_are_not_normalised_away():
     m, x, y = nn.Linear(4, 3).double(), xf(6, 4).double(), torch.tensor([0, 1, 2, 0, 1, 2])
     w = torch.tensor([1., 2., 7.]).double()
     want = loop(m, lambda p, y: F.cross_entropy(p, y, weight=w, reduction='none').mean(), x, y)
-    torch.testing.assert_close(grad_norms(m, CrossEntropyLossFlat(weight=w), x, y), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad_norms(m, nn.CrossEntropyLoss(weight=w), x, y), want, rtol=1e-6, atol=0)
 
 def test_ignored_targets():
     m, x, y = stats(Seg()).double(), xf(4, 3, 8, 8).double(), ints(4, 4, 8, 8)
@@ -303,6 +312,19 @@ def test_ignored_targets():
 
 def test_a_loss_without_a_per_sample_form():
     with pytest.raises(TypeError, match='reduction'): grad_norms(nn.Linear(4, 3), lambda p, y: p.sum(), xf(5, 4), ints(3, 5))
+
+def test_tensors_of_fastai():
+    from fastai.torch_core import TensorCategory, TensorImage
+    m, x, y = convnet(), xf(4, 1, 28, 28), ints(10, 4)
+    for n in (1, 4):
+        got = grad_norms(m, ce('mean'), TensorImage(x[:n]), TensorCategory(y[:n]))
+        assert type(got) is torch.Tensor
+        torch.testing.assert_close(got, loop(m, ce('mean'), x[:n], y[:n]), rtol=1e-4, atol=0)
+
+def test_half_precision():
+    m, x, y = convnet(), xf(4, 1, 28, 28), ints(10, 4)
+    with torch.autocast('cpu', torch.bfloat16): got = grad_norms(m, ce('mean'), x, y)
+    torch.testing.assert_close(got, loop(m, ce('mean'), x, y), rtol=.1, atol=0)
 
 # BatchNorm
 def test_batchnorm_in_training_mode_raises():
@@ -325,11 +347,11 @@ class Broken(nn.Module):
     def forward(self, x): raise RuntimeError('broken')
 
 def test_no_trace():
-    m = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.BatchNorm1d(6), nn.LSTM(6, 3), nn.Identity())
+    m = nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.BatchNorm1d(6))
     m[2].eval()
     net = nn.Sequential(*m[:3], nn.Linear(6, 3))
     before = state(net)
-    grad_norms(net, ce('mean'), xf(0, 6) if False else torch.ones(5, 6), torch.zeros(5).long())
+    grad_norms(net, ce('mean'), torch.ones(5, 6), torch.zeros(5).long())
     check_same(before, state(net))
     for bad in (Broken(), nn.Linear(7, 3)):
         net = nn.Sequential(*m[:3], bad)
@@ -371,6 +393,8 @@ def test_score():
     torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
     check_same(before, state(m))
     pred = m(x)
+    want = loop(m.eval(), ce('mean'), x, y)
+    m.train()
     torch.testing.assert_close(apply_score(score, pred, (y,), ce('mean'), xb=(x,), model=m), want, rtol=1e-4, atol=0)
     ce('mean')(pred, y).backward()
 

@@ -13,7 +13,7 @@ from ..variance import break_even, inflation, keep_within, tau
 import torch
 from torch import nn
 
-# %% ../../nbs/11_callback.importance.ipynb #300b99b0
+# %% ../../nbs/11_callback.importance.ipynb #a9c14f4d
 class ImportanceCB(SelectionCB):
     """Train on few important samples instead of many, with weights that make up for the choice. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is (in the loss seat: the mean loss).
@@ -25,7 +25,7 @@ class ImportanceCB(SelectionCB):
         smooth:float=.2, # Share of uniform probability mixed in; bounds the weights by `1/smooth`
         gate:float|str|None='auto', # When to select: 'auto' when it pays, above a threshold of tau, or None for always
         seat:str='epoch', # Where to select: 'epoch', 'batch' or 'loss'
-        limit:float=1.2, # Largest predicted variance, relative to training on everything, that 'auto' accepts
+        limit:float=1.1, # Largest predicted variance, relative to training on everything, that 'auto' accepts
         floor:float=.1, # Smallest share that `keep='auto'` may come to
         layer:nn.Module|None=None # Where the model's output is not the pre-activation: the layer that puts it out
     ):
@@ -38,7 +38,7 @@ class ImportanceCB(SelectionCB):
         expect(smooth>0 or seat!='epoch' or keep==1, 'smooth', smooth,
             "more than 0 with seat='epoch', so that no sample is lost for good; 0.2 is a good value")
         expect(gate in ('auto',None) or number(gate) and gate>0, 'gate', gate, "'auto', None, or a threshold of tau above 0")
-        expect(number(limit) and limit>1, 'limit', limit, 'a number above 1, such as 1.2')
+        expect(number(limit) and limit>1, 'limit', limit, 'a number above 1, such as 1.1')
         expect(number(floor) and 0<floor<=1, 'floor', floor, 'a share above 0 and up to 1')
         super().__init__(score=score, seat=seat, layer=layer)
         self.keep,self.bias,self.smooth,self.gate,self.limit,self.floor = keep,bias,smooth,gate,limit,floor
