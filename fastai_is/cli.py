@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../nbs/30_cli.ipynb #808523eb
-import argparse, sys
+# %% ../nbs/30_cli.ipynb #698f47b3
+import argparse
 import fastai_is
 
 # %% ../nbs/30_cli.ipynb #ae74c0ef

@@ -27,46 +27,50 @@ from fastai.torch_core import find_bs, get_random_states, set_random_states, to_
 from .losses import none_reduced, raw_loss, user_loss
 from .scores import no_trace, score_funcs
 
-# %% ../nbs/02_gradnorm.ipynb #f79882ee
-_budget = 2**24 # numbers to hold at a time
+# %% ../nbs/02_gradnorm.ipynb #b862b737
+_budget = 2**21 # numbers to hold at a time: what fits a cache, and memory that is used again, is faster than more
+_func_budget = 2**25 # the same for `torch.func`, which has more to do on each call
 
 def _by_rows(f, size, *ts):
     "`f` on some rows of `ts` at a time, where each row needs about `size` numbers"
-    rows = max(1, _budget//max(1, size))
+    rows = max(1, (_func_budget if ts[0].is_cuda else _budget)//max(1, size))
     return torch.cat([f(*o) for o in zip(*(t.split(rows) for t in ts))])
 
 def _sq(t):
     "The squared norm of each row"
     return torch.linalg.vector_norm(t.flatten(1), dim=1).square()
 
-def _outer_sq(a, g):
-    "The squared norm of `sum_t g_t a_t^T` for each row of `a [n,t,i]` and `g [n,t,o]`"
-    (_,t,i),o = a.shape,g.shape[2]
-    if t==1: return _sq(a)*_sq(g)
-    if t*(i+o)>=i*o: return _sq(g.transpose(1,2)@a)
-    return ((a@a.transpose(1,2))*(g@g.transpose(1,2))).sum((1,2)).clamp_min(0)
+def _outer_sq(parts, g, width):
+    "The squared norm of `sum_t g_t a_t^T` for each row, of `g [n,o,t]` and an `a [n,width,t]` that comes in parts along its second axis"
+    o,t = g.shape[1:]
+    if t*(width+o)>=width*o: return sum(_sq(g@a.transpose(1,2)) for a in parts)
+    return (sum(a.transpose(1,2)@a for a in parts)*(g.transpose(1,2)@g)).sum((1,2)).clamp_min(0)
 
-# %% ../nbs/02_gradnorm.ipynb #2791fe4f
+# %% ../nbs/02_gradnorm.ipynb #9ace0489
 def linear_rule(
     layer:nn.Linear,
     a:Tensor, # Inputs `[n, ..., in]`
     g:Tensor # Gradients at the outputs `[n, ..., out]`
 )->Tensor: # Squared norms `[n]`
     "Squared gradient norms of a linear layer. Source: Goodfellow, 2015, 'Efficient Per-Example Gradient Computations'"
-    a,g,res = a.reshape(len(a), -1, a.shape[-1]),g.reshape(len(g), -1, g.shape[-1]),0.
-    size = a.shape[1]*(a.shape[2]+g.shape[2])+min(a.shape[1]**2, a.shape[2]*g.shape[2])
-    if layer.weight.requires_grad: res = _by_rows(_outer_sq, size, a, g)
-    if layer.bias is not None and layer.bias.requires_grad: res = res+_sq(g.sum(1))
+    (a,g),res = (o.reshape(len(o), -1, o.shape[-1]).transpose(1,2) for o in (a,g)),0.
+    (_,i,t),o = a.shape,g.shape[1]
+    def f(a, g): return _sq(a)*_sq(g) if t==1 else _outer_sq([a], g, i)
+    if layer.weight.requires_grad: res = _by_rows(f, min(t*t, i*o), a, g)
+    if layer.bias is not None and layer.bias.requires_grad: res = res+_sq(g.sum(2))
     return res
 
-# %% ../nbs/02_gradnorm.ipynb #f64a5d6e
-def _windows(layer, a):
-    "The inputs of `layer` at each position of its output: `[n*groups, positions, channels*kernel]`"
-    pad,n,dims = layer._reversed_padding_repeated_twice,len(a),range(2, a.ndim)
+# %% ../nbs/02_gradnorm.ipynb #5ea245d5
+def _strips(layer, a):
+    "What each row of the kernel meets at each position of the output, a row at a time: `[n*groups, channels*rest of the kernel, positions]`"
+    (k,*_),(s,*_),(e,*_),nd = layer.kernel_size,layer.stride,layer.dilation,a.ndim-2
+    pad = layer._reversed_padding_repeated_twice
     if any(pad): a = F.pad(a, pad, mode='constant' if layer.padding_mode=='zeros' else layer.padding_mode)
-    for d,k,s,e in zip(dims, layer.kernel_size, layer.stride, layer.dilation): a = a.unfold(d, (k-1)*e+1, s)[...,::e]
-    a = a.reshape(n*layer.groups, -1, *a.shape[2:])
-    return a.permute(0, *dims, 1, *(d+len(dims) for d in dims)).reshape(len(a), prod(a.shape[2:2+len(dims)]), -1)
+    for d in range(1, nd): a = a.unfold(d+2, (layer.kernel_size[d]-1)*layer.dilation[d]+1, layer.stride[d])[...,::layer.dilation[d]]
+    outs = a.shape[3:nd+2]
+    a = a.permute(0, 1, *range(nd+2, a.ndim), *range(2, nd+2)).reshape(len(a)*layer.groups, -1, a.shape[2], prod(outs))
+    last = a.shape[2]-(k-1)*e
+    for i in range(k): yield a[:,:,i*e:i*e+last:s].flatten(2)
 
 def conv_rule(
     layer:nn.Module, # `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`
@@ -75,11 +79,11 @@ def conv_rule(
 )->Tensor: # Squared norms `[n]`
     """Squared gradient norms of a convolution of any stride, padding, dilation and number of groups.
     Source: Rochette et al., 2019, 'Efficient Per-Example Gradient Computations in Convolutional Neural Networks'"""
-    g,groups = g.flatten(2),layer.groups
-    positions,width,res = g.shape[2],layer.weight[0].numel(),0.
-    def f(a, g): return _outer_sq(_windows(layer, a), g.reshape(len(g)*groups, -1, positions).transpose(1,2)).view(-1, groups).sum(1)
-    size = positions*(width*groups+g.shape[1])+groups*min(positions**2, width*g.shape[1]//groups)
-    if layer.weight.requires_grad: res = _by_rows(f, size, a, g)
+    g,groups,width,res = g.flatten(2),layer.groups,layer.weight[0].numel(),0.
+    o,t = g.shape[1]//groups,g.shape[2]
+    def f(a, g): return _outer_sq(_strips(layer, a), g.reshape(len(g)*groups, o, t), width).view(-1, groups).sum(1)
+    rest = width//layer.kernel_size[0]
+    if layer.weight.requires_grad: res = _by_rows(f, groups*(t*rest+min(t*t, o*rest)), a, g)
     if layer.bias is not None and layer.bias.requires_grad: res = res+_sq(g.sum(2))
     return res
 
@@ -174,7 +178,7 @@ def _zero_state(unit, x):
     h = x.new_zeros(n, bs, unit.proj_size or unit.hidden_size)
     return (h, x.new_zeros(n, bs, unit.hidden_size)) if isinstance(unit, nn.LSTM) else h
 
-# %% ../nbs/02_gradnorm.ipynb #1402d54a
+# %% ../nbs/02_gradnorm.ipynb #3e5adfb3
 def _key(t): return tuple(get_gradient_edge(t))[:2]
 
 class _Use:
@@ -206,7 +210,8 @@ class _Use:
     def set_grads(self, grads):
         "Keep the gradients of those outputs that matter, samples first"
         self.grads = {i:g for i,g in grads.items() if g is not None}
-        if len(self.grads)>1 and type(self.unit) not in _rnns: raise _CannotSplit(f'several outputs of {self.name} are used, and may depend on each other')
+        if len(self.grads)>1 and type(self.unit) not in _rnns:
+            raise _CannotSplit(f'several outputs of {self.name} are used, and may depend on each other')
         if self.grads and [o._version for o in self.tensors]!=self.versions: raise _CannotSplit(f'the input of {self.name} is changed in place')
         if any(self.out_axes[i] is None for i in self.grads): raise _CannotSplit(f'an output of {self.name} is common to all samples')
         self.grads = {i:g.movedim(self.out_axes[i], 0) for i,g in self.grads.items()}
@@ -231,7 +236,7 @@ class _Use:
             return back([g.unsqueeze(self.out_axes[i]) for i,g in zip(self.grads, gs)])[0]
         return vmap(one)(batched, [g[rows].to(dtypes[i]) for i,g in self.grads.items()])
 
-# %% ../nbs/02_gradnorm.ipynb #b9823022
+# %% ../nbs/02_gradnorm.ipynb #7087f6f9
 @contextmanager
 def _plain_kernels(uses):
     "Fused recurrent kernels cannot be vectorised over samples, plain ones can"
@@ -245,7 +250,7 @@ def _plain_kernels(uses):
 def _func_sq(uses, bs):
     "Squared norms over the parameters of all `uses` together, gradients of the same parameter added up first"
     ps = [_trainable(u.unit) for u in uses]
-    step,res = max(1, _budget//sum(p.numel() for o in ps for p in o.values())),[]
+    step,res = max(1, _func_budget//sum(p.numel() for o in ps for p in o.values())),[]
     for i in range(0, bs, step):
         total = {}
         for u,named in zip(uses, ps):
@@ -307,7 +312,7 @@ def _split_norms(model, loss_func, xb, yb, bs):
             except RuntimeError as e: raise _CannotSplit(f'torch.func: {e}') from e
     return res.sqrt()
 
-# %% ../nbs/02_gradnorm.ipynb #ddb0c5c5
+# %% ../nbs/02_gradnorm.ipynb #0f59955a
 def _vmap_norms(model, loss_func, xb, yb, bs):
     "All samples at once, the model as a whole"
     ps,(flat,spec) = {n:p.detach() for n,p in _trainable(model).items()},tree_flatten((xb,yb))
@@ -316,7 +321,8 @@ def _vmap_norms(model, loss_func, xb, yb, bs):
         xb,yb = tree_unflatten([o if d is None else o[None] for o,d in zip(sample, axes)], spec)
         return _own_loss(loss_func, _call(model, ps, xb), *yb).sum()
     def one(*sample): return sum(g.square().sum() for g in torch.func.grad(loss)(ps, sample).values())
-    return vmap(one, in_dims=axes, randomness='different', chunk_size=max(1, _budget//sum(p.numel() for p in ps.values())))(*flat).sqrt()
+    step = max(1, _func_budget//sum(p.numel() for p in ps.values()))
+    return vmap(one, in_dims=axes, randomness='different', chunk_size=step)(*flat).sqrt()
 
 def _loop_norms(model, loss_func, xb, yb, bs):
     "One sample at a time"

@@ -6,18 +6,18 @@
 __all__ = ['score_funcs', 'context_names', 'loss_score', 'upper_bound', 'get_score', 'score_context', 'apply_score', 'last_layer',
            'LayerTap', 'no_trace', 'Scored', 'score_batch', 'make_tap', 'tap_context']
 
-# %% ../nbs/01_scores.ipynb #a909eb28
+# %% ../nbs/01_scores.ipynb #926caa9a
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import noop
 from fastai.losses import BaseLoss, LabelSmoothingCrossEntropy
-from fastai.torch_core import find_bs
+from fastai.torch_core import find_bs, to_float
 from .losses import raw_loss, user_loss
 
 # %% ../nbs/01_scores.ipynb #e2722deb
@@ -112,20 +112,19 @@ def upper_bound(
     if len(gs)==1: return torch.linalg.vector_norm(gs[0].as_subclass(Tensor).float().flatten(1), dim=1)
     return sum(g.float().flatten(1).square().sum(1) for g in gs).sqrt()
 
-# %% ../nbs/01_scores.ipynb #1d616e3f
+# %% ../nbs/01_scores.ipynb #f5f6bfd4
 score_funcs = dict(loss=loss_score, upper_bound=upper_bound)
 context_names = 'xb','model','hidden','preact'
 
 def get_score(
     score:str|Callable # A name in `score_funcs`, or a function `score(pred, *yb, loss_func, ...)`
 )->Callable: # The function
-    "The score called `score`. Raises a `ValueError` for an unknown name, a `TypeError` for what is neither a name nor a function"
+    "The score called `score`; it is given those of `context_names` that it declares. Raises a `ValueError` for an unknown name, a `TypeError` for what is neither a name nor a function"
     if callable(score): return score
     if not isinstance(score, str): raise TypeError(f"score={score!r}: expected a name or a function `score(pred, *yb, loss_func)`.")
     if score not in score_funcs: raise ValueError(f"score={score!r} is unknown: use one of {', '.join(score_funcs)}, or pass a function.")
     return score_funcs[score]
 
-@lru_cache(maxsize=64) # asked for at every step
 def score_context(
     score:Callable # A score
 )->set: # The names in `context_names` that it declares
@@ -156,7 +155,7 @@ def last_layer(
     if not ls: raise ValueError(f"{type(model).__name__} has no linear or convolutional layer: name the one to use with `layer=`.")
     return ls[-1]
 
-# %% ../nbs/01_scores.ipynb #6a99ba32
+# %% ../nbs/01_scores.ipynb #bc441296
 class LayerTap:
     "While entered, remembers the input (`hidden`) and output (`preact`) of `layer`'s latest forward pass"
     def __init__(self, layer:nn.Module): self.layer,self.hidden,self.preact,self._handle = layer,None,None,None
@@ -173,15 +172,15 @@ class LayerTap:
             torch.set_grad_enabled(True)
             out = out.detach().requires_grad_()
         self.preact = out
-        return out
+        return out.clone() # an activation that works in place must not reach it
 
-# %% ../nbs/01_scores.ipynb #bb3e297f
+# %% ../nbs/01_scores.ipynb #ac22727e
 @contextmanager
 def no_trace(
     model:nn.Module, # The network to run
     training:bool=False # Run it in training mode? BatchNorm then uses the batch's statistics, and its own are put back afterwards
 ):
-    "Within it, gradients are off, `model` is in evaluation (or training) mode, and nothing that a forward pass changes outlives it"
+    "Within it, gradients are off, `model` is in evaluation (or training) mode; modes, torch's random state and what training mode changes in buffers are put back"
     flipped = [m for m in model.modules() if m.training!=training]
     buffers = [(b,b.clone()) for b in model.buffers()] if training else []
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
@@ -193,7 +192,7 @@ def no_trace(
             for m in flipped: m.training = not training
             for b,old in buffers: b.copy_(old)
 
-# %% ../nbs/01_scores.ipynb #761a86f8
+# %% ../nbs/01_scores.ipynb #0388f06d
 class Scored(NamedTuple):
     "What a scoring pass found out about a batch"
     scores:Tensor # `[bs]`, the larger the more important
@@ -215,7 +214,7 @@ def score_batch(
     names,loss_func = score_context(score),user_loss(loss_func)
     tap = make_tap(model, names, layer)
     with no_trace(model, training), tap or nullcontext():
-        with autocast or nullcontext(): pred = after_pred(model(*xb))
+        with autocast or nullcontext(): pred = to_float(after_pred(model(*xb))) # as `MixedPrecision` does
         scores = apply_score(score, pred, yb, loss_func, **tap_context(names, tap, xb, model))
         return Scored(scores, raw_loss(loss_func, pred, *yb).detach().float(), loss_func(pred, *yb).detach().as_subclass(Tensor).float().mean())
 

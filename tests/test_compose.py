@@ -67,16 +67,22 @@ def test_gradient_accumulation(method):
 
 @pytest.mark.parametrize('method', METHODS)
 def test_mixed_precision(method):
-    dtypes, depth = [], []
+    dtypes, ran = set(), set()
     def score(pred, y, loss_func):
-        dtypes.append(pred.dtype)
-        depth.append(torch.is_autocast_enabled('cpu'))
+        dtypes.add(pred.dtype)
         return loss_score(pred, y, loss_func=loss_func)
     cb = METHODS[method]()
     if method != 'filter': cb.score = score
-    learn = quiet_fit(make_learner(), 6, [BF16(), cb])
+    learn = make_learner()
+    learn.model[-1].register_forward_hook(lambda m, i, o: ran.add((o.dtype, torch.is_grad_enabled())))
+    learn.validate = noop
+    learn._do_epoch_validate = noop
+    quiet_fit(learn, 2, [BF16(), cb])
+    learn = quiet_fit(make_learner(), 6, [BF16(), METHODS[method]()])
     assert learn.recorder.values[-1][2] > .75 and not torch.is_autocast_enabled('cpu')
-    if method == 'batch': assert set(dtypes) == {torch.bfloat16}, 'scored as it is trained'
+    assert {d for d, _ in ran} == {torch.bfloat16}, 'the scoring pass runs as training does'
+    assert len(ran) == (2 if method in ('batch', 'filter') else 1)
+    if method != 'filter': assert dtypes == {torch.float32}, 'predictions arrive as training hands them to the loss'
 
 def test_gate_shut_under_mixed_precision_is_plain():
     a, b = quiet_fit(make_learner(), 3, BF16()), quiet_fit(make_learner(), 3, [BF16(), ImportanceCB(gate=1e9)])
@@ -131,7 +137,7 @@ def test_csv_logger_and_train_metrics(tmp_path):
 def test_fine_tune_remembers():
     learn, cb = make_learner(splitter=lambda m: [params(m[:3]), params(m[3:])]), ImportanceCB()
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(2, freeze_epochs=3, base_lr=1e-2, cbs=cb)
-    assert len(cb.store) == 600
+    assert len(cb.store) == 600 and learn.recorder.values[0][3] < 1, 'the second phase selects from its first epoch on'
 
 def test_two_inputs_and_a_dictionary():
     class Net(nn.Module):
@@ -155,3 +161,41 @@ def test_named_layer(seat):
     other = deepcopy(net)
     logp = run(nn.Sequential(other, nn.LogSoftmax(1)), nn.NLLLoss(), layer=other[-1])
     for a, b in zip(logits.model.parameters(), logp.model.parameters()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+@pytest.mark.parametrize('seat', ('epoch', 'batch', 'loss'))
+def test_no_global_randomness(seat):
+    "With dropout off and no shuffling, a fit leaves the global random state where plain fastai leaves it, at every step"
+    def states(cb):
+        seen = []
+        class Note(Callback):
+            order, run_valid = 70, False
+            def after_batch(self): seen.append(torch.get_rng_state())
+        quiet_fit(make_learner(make_dls(shuffle=False), model=nn.Linear(20, 5)), 3, [Note()]+cb)
+        return seen
+    plain, ours = states([]), states([ImportanceCB(keep=.3, gate=None, seat=seat)])
+    assert len(plain) == len(ours) and all(torch.equal(a, b) for a, b in zip(plain, ours))
+
+@pytest.mark.parametrize('what', ('validate', 'get_preds'))
+def test_a_validation_in_the_middle_of_a_fit(what):
+    sizes, cb = [], ImportanceCB(keep=.3, gate=None)
+    class Middle(Callback):
+        run_valid = False
+        def before_batch(self): sizes.append(len(self.y))
+        def after_train(self):
+            if what == 'validate': self.learn.validate()
+            else: self.learn.get_preds()
+    learn = make_learner()
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=[cb, Middle()])
+    assert set(sizes) == {19, 7} and len(sizes) == 30, 'selection goes on'
+    assert cb.fit_state is None and len(learn.metrics) == 1
+
+def test_a_list_with_an_entry_for_each_sample():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(20, 5)
+        def forward(self, xs): return self.lin(torch.stack(xs))
+    train, valid = make_data()
+    def collate(b): return [o[0] for o in b], torch.stack([o[1] for o in b])
+    dls = DataLoaders(DataLoader(train, bs=64, shuffle=True, create_batch=collate), DataLoader(valid, bs=64, create_batch=collate))
+    for seat in ('epoch', 'batch', 'loss'):
+        learn = quiet_fit(make_learner(dls, model=Net()), 6, ImportanceCB(keep=.3, gate=None, seat=seat))
+        assert learn.recorder.values[-1][2] > .7

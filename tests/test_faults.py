@@ -42,8 +42,8 @@ def test_the_learner_is_as_before(method, end, added):
     if added: # at the next validation
         with learn.no_bar(): learn.validate()
     assert snapshot(learn) == before
-    assert cb.fit_state is None
     quiet_fit(learn, 1, [] if added else [cb])
+    assert cb.fit_state is None
     assert snapshot(learn) == before
 
 @pytest.mark.parametrize('again', ('iterate', 'fit', 'validate'))
@@ -127,6 +127,25 @@ def test_broken_losses_mean_uniform_with_one_warning(method, bad):
     assert len([o for o in ws if 'NaN' in str(o.message)]) == 1
     steps = [b for e in w.ids for b in e]
     assert len(steps) == 80 and all(len(b) >= 2 for b in steps)
+
+@pytest.mark.parametrize('seat', ('epoch', 'batch', 'loss'))
+def test_the_window_of_a_broken_score_is_selected_from_uniformly(seat):
+    "Equal weights in windows with an infinite score, unequal ones elsewhere"
+    def score(pred, y, loss_func): return torch.where(pred[:, 0] == pred[:, 0].max(), torch.inf, loss_score(pred, y, loss_func=loss_func)) if broken else \
+        loss_score(pred, y, loss_func=loss_func)
+    for broken in (True, False):
+        learn, cb, seen = make_learner(model=nn.Linear(20, 5)), ImportanceCB(score=score, keep=.3, gate=None, seat=seat), []
+        choose = cb.choose
+        cb.choose = lambda scores: seen.append(sel := choose(scores)) or sel
+        class Weights(Callback):
+            order, run_valid = ImportanceCB.order+1, False
+            def before_batch(self):
+                if seat == 'epoch' and self.epoch == 2: seen.append(Selection(None, cb.fit_state.w))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            quiet_fit(learn, 3, [cb, Weights()], lr=0., fit='fit')
+        equal = [bool((sel.weights == 1).all()) for sel in seen]
+        assert len(equal) >= 10 and (sum(equal) >= .4*len(equal) if broken else not any(equal))
 
 @pytest.mark.parametrize('method', METHODS)
 def test_all_zero_scores(method):

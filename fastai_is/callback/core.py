@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ScoreStore', 'Plan', 'PlannedLoader', 'find_seat', 'take', 'SelectionCB']
 
-# %% ../../nbs/10_callback.core.ipynb #186ad4e1
+# %% ../../nbs/10_callback.core.ipynb #735c3991
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -14,19 +14,18 @@ from warnings import warn
 
 import numpy as np, torch
 from torch import nn, Tensor
-from fastcore.basics import store_attr
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.rnn import RNNCallback
 from fastai.data.load import DataLoader
 from fastai.learner import ValueMetric
-from fastai.torch_core import apply, find_bs
+from fastai.torch_core import find_bs
 from ..losses import check_loss, loss_scale, raw_loss, user_loss
 from ..scores import apply_score, get_score, make_tap, score_batch, score_context, tap_context
-from ..selection import Selection, flatten_weights, usable
+from ..selection import flatten_weights, usable
 
-# %% ../../nbs/10_callback.core.ipynb #8e16da96
+# %% ../../nbs/10_callback.core.ipynb #a2d85be2
 class ScoreStore:
     "The latest score of each dataset id"
     def __init__(self): self.values = torch.empty(0)
@@ -50,11 +49,11 @@ class ScoreStore:
         vals = self.values[ids*known] if len(self.values) else torch.full(ids.shape, torch.nan)
         return torch.where(vals.isnan() | ~known, top, vals)
     def seen(self)->Tensor: # Scores `[m]`
-        "All remembered scores, in the order of their ids"
-        return self.values[~self.values.isnan()]
+        "All finite scores that are remembered, in the order of their ids"
+        return self.values[self.values.isfinite()]
     def clear(self): self.values = torch.empty(0)
 
-# %% ../../nbs/10_callback.core.ipynb #850b952b
+# %% ../../nbs/10_callback.core.ipynb #ca116761
 class Plan(NamedTuple):
     "What an epoch is to be trained on"
     ids:Tensor     # Dataset ids in the order of the epoch `[m]`
@@ -67,15 +66,16 @@ class PlannedLoader:
         dl:DataLoader, # A fastai `DataLoader` with ids
         plan:Callable # `plan(order, bs, drop_last) -> (ids, bs)`, lists of ids
     ):
-        self.dl,self.plan,self.begun = dl,plan,False
+        self.dl,self.plan,self.begun,self.lost = dl,plan,False,False
         self.old = {k:v for k,v in vars(dl).items() if k in ('get_idxs','n','bs')}
         dl.get_idxs = self.get_idxs # a bound method: `dl.new` does not copy it
     def get_idxs(self):
-        if self.begun: # left over from an iteration that failed
+        if self.begun: # left over from an iteration that failed, or somebody looked at a batch before training began
             self.undo()
+            self.lost = True
             return self.dl.get_idxs()
         self.undo()
-        self.begun,order = True,self.dl.get_idxs()
+        self.begun,order = True,list(self.dl.get_idxs()) # some loaders shuffle lazily
         ids,bs = self.plan(order, self.dl.bs, self.dl.drop_last)
         self.dl.get_idxs = self.get_idxs
         if bs!=self.dl.bs: self.dl.n,self.dl.bs = len(ids),bs
@@ -102,16 +102,21 @@ def find_seat(
     warn(f"seat={seat!r} is not possible with this {type(dl).__name__}: {why}. Using seat={new!r}.")
     return new
 
-# %% ../../nbs/10_callback.core.ipynb #c597d8b4
+# %% ../../nbs/10_callback.core.ipynb #2706a033
 def take(
-    b, # A tensor, or a nested tuple, list or dictionary of tensors
+    b:tuple, # Inputs or targets: each a tensor, a list with an entry for each sample, or a tuple, list or dictionary of such
     idxs:Tensor, # Rows to take `[k]`
     bs:int # Number of rows of a whole batch
-):
-    "The rows `idxs` of everything in `b` that has `bs` rows; types are kept"
-    return apply(lambda t: t[idxs.to(t.device)] if isinstance(t, Tensor) and t.ndim and len(t)==bs else t, b)
+)->tuple: # The same with `k` rows
+    "The rows `idxs` of everything in `b` that has `bs` rows"
+    def rows(o):
+        if isinstance(o, Tensor): return o[idxs.to(o.device)] if o.ndim and len(o)==bs else o
+        if isinstance(o, list) and len(o)==bs: return [o[i] for i in idxs.tolist()]
+        if isinstance(o, dict): return type(o)({k:rows(v) for k,v in o.items()})
+        return type(o)([rows(v) for v in o]) if isinstance(o, (tuple,list)) else o
+    return tuple(rows(o) for o in b)
 
-# %% ../../nbs/10_callback.core.ipynb #0e62efd7
+# %% ../../nbs/10_callback.core.ipynb #aea6c4fa
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -119,7 +124,7 @@ class SelectionCB(Callback):
     bias = 1.             # exponent of the weights where the loss is reduced: 1 unbiased, 0 unweighted
     unbiased = True       # do the weights make the estimate of the mean loss unbiased? Then `train_loss` is that estimate
     watches = True        # does the method need the scores of batches that it does not choose from?
-    off = False           # does it keep everything anyway?
+    off = False           # does it keep everything anyway? Then nothing is done but counting
     columns = 'kept',     # what fit's table gains
 
     def __init__(self,
@@ -131,7 +136,8 @@ class SelectionCB(Callback):
         if seat not in seats: raise ValueError(f"seat={seat!r}: expected one of {', '.join(map(repr, seats))}.")
         if not (layer is None or isinstance(layer, nn.Module)): raise TypeError(f"layer={layer!r}: expected one of the model's modules, such as `model[-2]`.")
         self.score,self.seat,self.layer = get_score(score),seat,layer
-        self.store,self.recent,self.n_ids,self.fit_state = ScoreStore(),None,None,None
+        self.store,self.recent,self.n_ids,self.fit_state,self.fits = ScoreStore(),None,None,None,0
+        self.normaliser = 0.,0 # sum of the inverse normalisers of whole batches, and their number
         self.counts = dict(forwarded=0, backpropagated=0)
 
     # What a method fills in
@@ -151,23 +157,25 @@ class SelectionCB(Callback):
     def learn(self): return self.__dict__.get('_learn')
     @learn.setter
     def learn(self, learn):
-        if learn is None: self.restore()
+        if learn is not self.learn: self.restore()
         self.__dict__['_learn'] = learn
 
     def before_fit(self):
+        if self.learn.lock.locked(): return self._undo() # a validation, which may happen in the middle of a fit: `before_train` resumes
         self.restore()
-        if self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return
-        others = [cb for cb in self.learn.cbs if isinstance(cb, SelectionCB) and cb is not self]
-        if others: raise ValueError(f"{self} and {others[0]} would both select samples: expected one of them. Remove the other from the fit or the Learner.")
+        if hasattr(self.learn, 'lr_finder'): return
+        cbs = [cb for cb in self.learn.cbs if isinstance(cb, SelectionCB)]
+        if len(cbs)>1: raise ValueError(f"{cbs[0]} and {cbs[1]} would both select samples: expected one of them, once. Remove the other from the fit or the Learner.")
         check_loss(self.loss_func)
         n = getattr(self.dls.train, 'n', None)
         if self.n_ids not in (None,n): # another data set, with other ids
             self.store.clear()
-            self.recent = None
+            self.recent,self.normaliser = None,(0.,0)
+        self.fits += 1
         self.n_ids,names = n,score_context(self.score)
-        self.fit_state = SimpleNamespace(seat=find_seat(self.dls.train, self.seat), names=names, tap=make_tap(self.model, names, self.layer),
-            loader=None, ids=None, weights=None, bs=0, n=0, generators={}, fresh=[], trained=0, offered=0, inverse_scale=0., full_batches=0,
-            w=None, scale=None, loss=None, scored=False, broken=None, warned=False, metrics=[ValueMetric(getattr(self, o), o) for o in self.columns])
+        self.fit_state = SimpleNamespace(seat=self.seat, names=names, tap=make_tap(self.model, names, self.layer),
+            loader=None, ids=None, weights=None, bs=0, n=0, full_bs=0, uniform=False, generators={}, fresh=[], trained=0, offered=0, window=0, steps=0,
+            w=None, scale=None, loss=None, scored=False, broken=None, warned=False, cancelled=False, metrics=[ValueMetric(getattr(self, o), o) for o in self.columns])
         self.counts.update(forwarded=0, backpropagated=0)
         self.start_fit()
         self.learn.metrics = self.learn.metrics + self.fit_state.metrics
@@ -177,10 +185,15 @@ class SelectionCB(Callback):
         s = self.fit_state
         if s is None: return
         self._remember()
+        self._undo()
         self.fit_state = None
+
+    def _undo(self):
+        s = self.fit_state
+        if s is None: return
         if s.loader: s.loader.undo()
         if s.tap: s.tap.__exit__()
-        self.learn.metrics = [m for m in self.learn.metrics if not any(m is o for o in s.metrics)]
+        if any(m is s.metrics[0] for m in self.learn.metrics): self.learn.metrics = [m for m in self.learn.metrics if not any(m is o for o in s.metrics)]
 
     def after_fit(self):
         if not self.learn.lock.locked(): self.restore()
@@ -193,20 +206,29 @@ class SelectionCB(Callback):
         s = self.fit_state
         if s is None: return
         self._remember() # after an epoch that was cut short
-        s.trained,s.offered,s.weights = 0,0,None
+        if not any(m is s.metrics[0] for m in self.learn.metrics): self.learn.metrics = self.learn.metrics + s.metrics
+        s.trained,s.offered,s.steps,s.weights = 0,0,0,None
+        if s.seat==self.seat: s.seat = find_seat(self.dl, s.seat) # not earlier: `DistributedTrainer` replaces the loader in its own `before_fit`
         if s.seat=='epoch' and not self.off: s.loader = PlannedLoader(self.dl, self._plan)
         else: self.start_epoch()
 
     def after_train(self):
-        if self.fit_state: self._remember()
+        s = self.fit_state
+        if s is None: return
+        if s.seat=='epoch' and s.ids is not None and s.bs and s.steps!=-(-len(s.ids)//s.bs) and not s.cancelled: self._lose_ids()
+        self._remember()
+
+    def after_cancel_train(self):
+        if self.fit_state: self.fit_state.cancelled = True
 
     def _plan(self, order, bs, drop_last):
-        s,ids = self.fit_state,torch.from_numpy(np.fromiter(order, np.int64, len(order)))
-        if drop_last: ids = ids[:len(ids)//bs*bs]
+        s = self.fit_state
+        if drop_last: order = order[:len(order)//bs*bs]
+        ids = torch.from_numpy(np.fromiter(order, np.int64, len(order)))
         plan = self.plan(ids, bs) if len(ids) else None
-        s.n,s.full_bs,s.ids,s.bs = len(ids),bs,ids,bs
+        s.n,s.full_bs,s.ids,s.bs,s.cancelled = len(ids),bs,ids,bs,False
         if plan is None: return order,bs
-        s.ids,s.bs = plan.ids,plan.bs
+        s.ids,s.bs,s.uniform = plan.ids,plan.bs,bool((plan.weights==1).all())
         s.weights = plan.weights.to(next(self.model.parameters()).device)
         return plan.ids.tolist(),plan.bs
 
@@ -226,14 +248,17 @@ class SelectionCB(Callback):
         if s is None: return
         s.w,s.scale,s.scored,bs = None,None,False,find_bs(self.yb)
         s.offered += bs
+        s.steps += 1
         if s.loader: # the iteration has begun: the `DataLoader` has read what it needs
             s.loader.undo()
-            if not s.loader.begun: self._lose_ids()
+            if s.loader.lost or not s.loader.begun: self._lose_ids()
             s.loader = None
         if s.seat=='epoch' and not self.off:
             at = self.iter*s.bs
             if bs!=min(s.bs, len(s.ids)-at): self._lose_ids()
-            elif s.weights is not None: s.w,s.offered = s.weights[at:at+bs],min((self.iter+1)*s.full_bs, s.n)
+            elif s.weights is not None:
+                s.w,s.window = s.weights[at:at+bs],min(s.full_bs, s.n-self.iter*s.full_bs)
+                s.offered += s.window-bs
         if s.seat=='batch' and not self.off and self.is_on(bs): self._score_and_cut(bs)
         bs = find_bs(self.yb)
         s.trained += bs
@@ -293,8 +318,9 @@ class SelectionCB(Callback):
     def _reduce(self, raw):
         "The weighted mean over a batch that is a choice already, with the whole batch's normaliser"
         s = self.fit_state
-        if s.seat=='epoch' and s.full_batches: s.scale = s.full_batches/s.inverse_scale
-        if s.scale is None: s.scale = loss_scale(self.loss_grad.detach(), raw.detach())
+        if s.scale is None:
+            s.scale = loss_scale(self.loss_grad.detach(), raw.detach())
+            if s.seat=='epoch': s.scale = self._window_scale(s.scale, len(raw))
         self.learn.loss_grad = (flatten_weights(s.w, self.bias)*raw).mean()*s.scale
         self.learn.loss = ((s.w*raw).mean()*s.scale if self.unbiased else s.loss).detach()
 
@@ -305,11 +331,17 @@ class SelectionCB(Callback):
         self.fit_state.trained -= len(raw)-len(sel.idxs)
         self.learn.loss_grad = (flatten_weights(sel.weights, self.bias)*raw[sel.idxs]).mean()*scale
 
+    def _window_scale(self, scale, k):
+        "The normaliser of a window from that of the `k` samples that were loaded: over an epoch the others are never seen"
+        s,lf = self.fit_state,self.loss_func
+        if getattr(lf, 'reduction', getattr(lf, 'keywords', {}).get('reduction'))=='sum': return scale*s.window/k
+        if s.uniform: self._add_scale(scale) # chosen blindly, so as good as a whole batch
+        return self.normaliser[1]/self.normaliser[0] if self.normaliser[1] else scale # the mean over whole batches
+
+    def _add_scale(self, scale): self.normaliser = self.normaliser[0]+1/scale,self.normaliser[1]+1
+
     def _note_scale(self):
-        "Over an epoch the rest of the window is never loaded: use the mean normaliser of the batches that were whole"
-        s = self.fit_state
-        with torch.no_grad(): s.inverse_scale = s.inverse_scale + 1/loss_scale(self.loss_grad, raw_loss(self.loss_func, self.pred, *self.yb))
-        s.full_batches += 1
+        with torch.no_grad(): self._add_scale(loss_scale(self.loss_grad, raw_loss(self.loss_func, self.pred, *self.yb)))
 
     def _remember(self):
         "Store the scores of the epoch, and warn once of those that could not be used"
@@ -331,5 +363,5 @@ class SelectionCB(Callback):
     def generator(self, device='cpu')->torch.Generator:
         "The source of randomness for selection on `device`, apart from the global one"
         gs = self.fit_state.generators
-        if str(device) not in gs: gs[str(device)] = torch.Generator(device).manual_seed(torch.initial_seed())
+        if str(device) not in gs: gs[str(device)] = torch.Generator(device).manual_seed((torch.initial_seed()+self.fits-1)%2**63) # another stream for each fit
         return gs[str(device)]

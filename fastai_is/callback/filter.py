@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['BatchLossFilter']
 
-# %% ../../nbs/12_callback.filter.ipynb #1042fe35
+# %% ../../nbs/12_callback.filter.ipynb #a33590fd
 from .core import *
 from ..selection import Selection, top_count, top_loss
 
 from collections.abc import Callable
-import torch
 
-# %% ../../nbs/12_callback.filter.ipynb #bec783b8
+# %% ../../nbs/12_callback.filter.ipynb #b0dbcd5e
 class BatchLossFilter(SelectionCB):
     """Train on the smallest part of each batch that carries `loss_perc` of its loss. Biased towards samples with a high loss.
     `train_loss` is the mean over the scoring pass while the filter is on, so it compares with plain training's.
@@ -61,6 +60,6 @@ class BatchLossFilter(SelectionCB):
 
     def choose(self, losses):
         sel,n = top_loss(losses, self.loss_perc, self.min_sample_perc),len(losses)
-        k = n-int(self._left_out(n, len(sel.idxs)))
+        k = max(min(2,n), n-int(self._left_out(n, len(sel.idxs)))) # BatchNorm needs two
         if k!=len(sel.idxs): sel = Selection(losses.topk(k).indices.sort().values, losses.new_ones(k))
         return sel

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['ImportanceCB']
 
-# %% ../../nbs/11_callback.importance.ipynb #be672db2
+# %% ../../nbs/11_callback.importance.ipynb #713d850c
 from .core import *
 from ..selection import systematic
 from ..variance import break_even, inflation, keep_within, tau
 
+from numbers import Real
+
 import torch
 from torch import nn
 
-# %% ../../nbs/11_callback.importance.ipynb #a9c14f4d
+# %% ../../nbs/11_callback.importance.ipynb #3e5f5009
 class ImportanceCB(SelectionCB):
     """Train on few important samples instead of many, with weights that make up for the choice. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is (in the loss seat: the mean loss).
@@ -29,15 +31,16 @@ class ImportanceCB(SelectionCB):
         floor:float=.1, # Smallest share that `keep='auto'` may come to
         layer:nn.Module|None=None # Where the model's output is not the pre-activation: the layer that puts it out
     ):
-        def number(v): return isinstance(v, (int,float)) and not isinstance(v, bool)
+        def number(v): return isinstance(v, Real) and not isinstance(v, bool)
+        def named(v, *names): return v is None or isinstance(v, str) and v in names
         def expect(ok, name, v, what):
             if not ok: raise ValueError(f"{name}={v!r}: expected {what}.")
-        expect(keep=='auto' or number(keep) and 0<keep<=1, 'keep', keep, "a share above 0 and up to 1, or 'auto'")
+        expect(keep is not None and named(keep, 'auto') or number(keep) and 0<keep<=1, 'keep', keep, "a share above 0 and up to 1, or 'auto'")
         expect(number(bias) and 0<=bias<=1, 'bias', bias, 'a number from 0 (unweighted) to 1 (unbiased)')
         expect(number(smooth) and 0<=smooth<=1, 'smooth', smooth, 'a share from 0 (scores alone) to 1 (uniform)')
-        expect(smooth>0 or seat!='epoch' or keep==1, 'smooth', smooth,
+        expect(smooth>0 or seat!='epoch' or number(keep) and keep==1, 'smooth', smooth,
             "more than 0 with seat='epoch', so that no sample is lost for good; 0.2 is a good value")
-        expect(gate in ('auto',None) or number(gate) and gate>0, 'gate', gate, "'auto', None, or a threshold of tau above 0")
+        expect(named(gate, 'auto') or number(gate) and gate>0, 'gate', gate, "'auto', None, or a threshold of tau above 0")
         expect(number(limit) and limit>1, 'limit', limit, 'a number above 1, such as 1.1')
         expect(number(floor) and 0<floor<=1, 'floor', floor, 'a share above 0 and up to 1')
         super().__init__(score=score, seat=seat, layer=layer)
@@ -60,7 +63,9 @@ class ImportanceCB(SelectionCB):
         else: k = min(n, max(2, round(self.keep*n)))
         if k==n or self.gate is None: return k
         if not known: return n
-        if self.gate!='auto': return k if tau(windows).mean()>self.gate else n
+        if self.gate!='auto':
+            t = self.tau()
+            return k if (tau(windows).mean() if t is None else t)>self.gate else n
         return k if self.keep=='auto' or inflation(windows, k, self.smooth)<=self.limit else n
 
     # Over the epoch
