@@ -116,7 +116,7 @@ def take(
         return type(o)([rows(v) for v in o]) if isinstance(o, (tuple,list)) else o
     return tuple(rows(o) for o in b)
 
-# %% ../../nbs/10_callback.core.ipynb #aea6c4fa
+# %% ../../nbs/10_callback.core.ipynb #8693d622
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -148,7 +148,7 @@ class SelectionCB(Callback):
     def choose(self, scores): pass
     def follow(self, scores): pass
     def kept(self):
-        "Share of the samples offered in this epoch that were trained on"
+        "Share of the samples offered in this epoch that were trained on (in the loss seat: that were given weight)"
         s = self.fit_state
         return s.trained/s.offered if s and s.offered else None
 
