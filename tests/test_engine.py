@@ -212,6 +212,11 @@ def test_batch_gate_opens_at_break_even_and_never_for_two_thirds():
     k = kept_by_epoch(cb, 40)
     assert k[0] == 1 and k[-1] < .5
 
+def test_measured_costs_move_the_gate():
+    "Where forward passes cost nothing the gate opens early; where they are all the cost, never"
+    cheap, dear = [kept_by_epoch(ImportanceCB(keep=.4, seat='batch', costs=c), 8) for c in ((1e-6, 3.), (3., 1e-6))]
+    assert min(cheap) < .5 and dear == [1.]*8
+
 def test_no_scoring_pass_while_shut():
     cb = ImportanceCB(keep=.3, seat='batch', gate=1e9)
     quiet_fit(make_learner(), 2, cb)

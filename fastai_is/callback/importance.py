@@ -15,7 +15,7 @@ from numbers import Real
 import torch
 from torch import nn
 
-# %% ../../nbs/11_callback.importance.ipynb #3e5f5009
+# %% ../../nbs/11_callback.importance.ipynb #5a28b5a7
 class ImportanceCB(SelectionCB):
     """Train on few important samples instead of many, with weights that make up for the choice. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is (in the loss seat: the mean loss).
@@ -29,6 +29,7 @@ class ImportanceCB(SelectionCB):
         seat:str='epoch', # Where to select: 'epoch', 'batch' or 'loss'
         limit:float=1.1, # Largest predicted variance, relative to training on everything, that 'auto' accepts
         floor:float=.1, # Smallest share that `keep='auto'` may come to
+        costs:tuple=(1.,2.), # Costs of a forward and a backward pass, for the gate in the batch seat; fixed, since a clock makes runs irreproducible
         layer:nn.Module|None=None # Where the model's output is not the pre-activation: the layer that puts it out
     ):
         def number(v): return isinstance(v, Real) and not isinstance(v, bool)
@@ -43,8 +44,9 @@ class ImportanceCB(SelectionCB):
         expect(named(gate, 'auto') or number(gate) and gate>0, 'gate', gate, "'auto', None, or a threshold of tau above 0")
         expect(number(limit) and limit>1, 'limit', limit, 'a number above 1, such as 1.1')
         expect(number(floor) and 0<floor<=1, 'floor', floor, 'a share above 0 and up to 1')
+        expect(isinstance(costs, (tuple,list)) and len(costs)==2 and all(number(c) and c>0 for c in costs), 'costs', costs, 'two numbers above 0, forward and backward')
         super().__init__(score=score, seat=seat, layer=layer)
-        self.keep,self.bias,self.smooth,self.gate,self.limit,self.floor = keep,bias,smooth,gate,limit,floor
+        self.keep,self.bias,self.smooth,self.gate,self.limit,self.floor,self.costs = keep,bias,smooth,gate,limit,floor,costs
 
     @property
     def off(self): return self.keep==1
@@ -102,7 +104,9 @@ class ImportanceCB(SelectionCB):
         t = self.tau()
         if t is None: return False
         if self.gate!='auto': return t>self.gate
-        return 3*k<2*bs and t>break_even(bs, k) # keeping two thirds and scoring costs as much as training on everything
+        forward,backward = self.costs
+        saves = k*(forward+backward)<bs*backward # else scoring and training on `k` cost as much as training on everything
+        return saves and t>break_even(bs, k, forward, backward)
 
     def choose(self, scores):
         return systematic(scores, self._k(len(scores)), self.smooth, self.generator(scores.device))
