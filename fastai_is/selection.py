@@ -25,7 +25,7 @@ def _check(k, n, smooth=0., replace=False):
         raise ValueError(f"k={k!r}: expected a whole number {'of at least 1' if replace else f'from 1 to {n}, the number of samples'}.")
     if not 0<=smooth<=1: raise ValueError(f"smooth={smooth!r}: expected a share from 0 (scores alone) to 1 (uniform).")
 
-# %% ../nbs/03_selection.ipynb #b85c3323
+# %% ../nbs/03_selection.ipynb #8f2ebdf0
 def usable(
     scores:Tensor # Scores `[..., n]`
 )->Tensor: # Bools `[..., 1]`
@@ -40,8 +40,8 @@ def probabilities(
     "Probabilities in proportion to `scores`, mixed with uniform; uniform where scores are not `usable`"
     scores = scores.to(torch.float32 if scores.device.type=='mps' else torch.float64)
     ok,n = usable(scores),scores.shape[-1]
-    p = torch.where(ok, scores/torch.where(ok, scores.sum(-1, keepdim=True), 1.), 1/n)
-    return p*(1-smooth) + smooth/n
+    p = torch.where(ok, scores/scores.sum(-1, keepdim=True), 1/n)
+    return p*(1-smooth) + smooth/n if smooth else p
 
 # %% ../nbs/03_selection.ipynb #97f0b0c0
 def resample(
@@ -101,15 +101,15 @@ def systematic(
     idxs = systematic_at(pi, k, u)
     return Selection(idxs, (k/(pi.shape[-1]*pi.gather(-1, idxs))).float())
 
-# %% ../nbs/03_selection.ipynb #25c385f5
+# %% ../nbs/03_selection.ipynb #e82c4163
 def top_count(
-    losses:Tensor, # Losses `[n]`
+    losses:Tensor, # Losses `[..., n]`
     loss_perc:float # Share of the total loss to keep, 0 to 1
-)->Tensor: # A whole number from 1 to n, on the device of `losses`
+)->Tensor: # Whole numbers from 1 to n `[...]`, on the device of `losses`
     "The size of the smallest set of samples that carries `loss_perc` of the loss; all where `losses` are not `usable`"
-    vals = losses.to(torch.float32 if losses.device.type=='mps' else torch.float64).sort(descending=True).values
-    short = vals.cumsum(0) < loss_perc*vals.sum()*(1-1e-9) # up to rounding
-    return torch.where(usable(losses), short.sum()+1, len(losses)).squeeze()
+    vals = losses.to(torch.float32 if losses.device.type=='mps' else torch.float64).sort(-1, descending=True).values
+    short = vals.cumsum(-1) < loss_perc*vals.sum(-1, keepdim=True)*(1-1e-9) # up to rounding
+    return torch.where(usable(losses)[...,0], short.sum(-1)+1, losses.shape[-1])
 
 def top_loss(
     losses:Tensor, # Losses `[n]`

@@ -11,7 +11,7 @@ from ..selection import Selection, top_count, top_loss
 
 from collections.abc import Callable
 
-# %% ../../nbs/12_callback.filter.ipynb #b0dbcd5e
+# %% ../../nbs/12_callback.filter.ipynb #5020cc36
 class BatchLossFilter(SelectionCB):
     """Train on the smallest part of each batch that carries `loss_perc` of its loss. Biased towards samples with a high loss.
     `train_loss` is the mean over the scoring pass while the filter is on, so it compares with plain training's.
@@ -39,23 +39,23 @@ class BatchLossFilter(SelectionCB):
 
     def _left_out(self, n, k):
         "How many of `n` samples to leave out when `k` are enough, by the schedule"
-        f = 1. if self.schedule_func is None else float(self.schedule_func(self.learn.pct_train))
+        f = 1. if self.schedule_func is None else float(self.schedule_func(min(1., self.learn.pct_train)))
         if not 0<=f<=1: raise ValueError(f"schedule_func({self.learn.pct_train:.3f}) returned {f!r}: expected a factor from 0 (everything is kept) to 1.")
         return f*(n-k)
 
     def start_fit(self): self.fit_state.share,self.fit_state.open = (0.,0),False # a running mean of the share kept and its length
 
     def follow(self, losses):
-        s,n = self.fit_state,len(losses)
-        share = 1 - self._left_out(n, top_count(losses, self.loss_perc).clamp(min=self.min_sample_perc*n))/n
-        s.share = .9*s.share[0]+.1*share,s.share[1]+1 # its start at 0 is corrected for when it is read
+        s,n = self.fit_state,losses.shape[-1]
+        for k in top_count(losses, self.loss_perc).clamp(min=self.min_sample_perc*n).tolist():
+            s.share = .9*s.share[0]+.1*(1-self._left_out(n, k)/n),s.share[1]+1 # its start at 0 is corrected for when it is read
 
     def is_on(self, bs):
         s = self.fit_state
         if self.gate is None or s.seat=='loss': return True
-        if self.learn.train_iter%10==0: # reading the share synchronises
+        if self.learn.train_iter%10==0:
             m,c = s.share
-            s.open = c>0 and float(m/(1-.9**c))<2/3
+            s.open = c>0 and m/(1-.9**c)<2/3
         return s.open
 
     def choose(self, losses):

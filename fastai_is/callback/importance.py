@@ -15,7 +15,7 @@ from numbers import Real
 import torch
 from torch import nn
 
-# %% ../../nbs/11_callback.importance.ipynb #5a28b5a7
+# %% ../../nbs/11_callback.importance.ipynb #cc7889bd
 class ImportanceCB(SelectionCB):
     """Train on few important samples instead of many, with weights that make up for the choice. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is (in the loss seat: the mean loss).
@@ -95,7 +95,7 @@ class ImportanceCB(SelectionCB):
 
     def is_on(self, bs):
         s,k = self.fit_state,self._k(bs)
-        if s.seat=='batch' and self.gate is not None and self.learn.train_iter%10==0: s.open = self._gate_open(bs, k) # reading tau synchronises
+        if s.seat=='batch' and self.gate is not None and self.learn.train_iter%10==0: s.open = self._gate_open(bs, k)
         return s.open and k<bs
 
     def _k(self, bs): return min(bs, max(2, round(self.fit_state.share*bs)))
@@ -113,11 +113,12 @@ class ImportanceCB(SelectionCB):
 
     def follow(self, scores):
         s = self.fit_state
-        s.tau = .9*s.tau[0]+.1*tau(scores),s.tau[1]+1 # its start at 0 is corrected for when it is read
+        for t in tau(scores).tolist(): s.tau = .9*s.tau[0]+.1*t,s.tau[1]+1 # its start at 0 is corrected for when it is read
 
     def tau(self):
         "The measure of how unequal the scores are: remembered ones over the epoch, else smoothed over batches"
         s = self.fit_state
         if s is None: return
+        self._look()
         if s.seat=='epoch': return tau(self.store.seen()).item() if len(self.store) else None
-        return (s.tau[0]/(1-.9**s.tau[1])).item() if s.tau[1] else None
+        return s.tau[0]/(1-.9**s.tau[1]) if s.tau[1] else None
