@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ScoreStore', 'Plan', 'PlannedLoader', 'no_ids', 'find_seat', 'take', 'join', 'SelectionCB']
 
-# %% ../../nbs/10_callback.core.ipynb #c63329e5
+# %% ../../nbs/10_callback.core.ipynb #c2268285
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import takewhile
@@ -21,7 +21,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.rnn import RNNCallback
 from fastai.data.load import DataLoader
 from fastai.learner import ValueMetric
-from fastai.torch_core import find_bs
+from fastai.torch_core import find_bs, retain_meta
 from ..losses import check_loss, loss_scale, raw_loss, user_loss
 from ..scores import Scored, apply_score, get_score, make_tap, plain_tensors, score_batch, score_context, tap_context
 from ..selection import Selection, flatten_weights, usable
@@ -109,7 +109,7 @@ def find_seat(
     warn(f"seat={seat!r} is not possible with this {type(dl).__name__}: {why}. Using seat={new!r}.")
     return new
 
-# %% ../../nbs/10_callback.core.ipynb #2706a033
+# %% ../../nbs/10_callback.core.ipynb #cf078ded
 def take(
     b:tuple, # Inputs or targets: each a tensor, a list with an entry for each sample, or a tuple, list or dictionary of such
     idxs:Tensor, # Rows to take `[k]`
@@ -117,7 +117,9 @@ def take(
 )->tuple: # The same with `k` rows
     "The rows `idxs` of everything in `b` that has `bs` rows"
     def rows(o):
-        if isinstance(o, Tensor): return o[idxs.to(o.device)] if o.ndim and len(o)==bs else o
+        if isinstance(o, Tensor):
+            if not o.ndim or len(o)!=bs: return o
+            with plain_tensors(): return retain_meta(o, o[idxs.to(o.device)].as_subclass(type(o)))
         if isinstance(o, list) and len(o)==bs: return [o[i] for i in idxs.tolist()]
         if isinstance(o, dict): return type(o)({k:rows(v) for k,v in o.items()})
         return type(o)([rows(v) for v in o]) if isinstance(o, (tuple,list)) else o
@@ -137,7 +139,7 @@ def join(
         return type(o)([cat(ps) for ps in zip(*os)]) if isinstance(o, (tuple,list)) else o
     return tuple(cat(os) for os in zip(*bs))
 
-# %% ../../nbs/10_callback.core.ipynb #6ae7c10d
+# %% ../../nbs/10_callback.core.ipynb #4eecb6c9
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -352,11 +354,12 @@ class SelectionCB(Callback):
         s.queue,n = (part,k) if s.queue is None else (join([s.queue[0],part], [s.queue[1],k]),s.queue[1]+k)
         s.passed.append(s.loss)
         full,last = s.full_bs or self.dl.bs or bs,self.epoch==self.n_epoch-1 and self.iter==self.n_iter-1
-        if n<full and not (last and n>1): # BatchNorm needs two
+        if last: full = max(n, 2) # whatever is left; BatchNorm needs two
+        if n<full:
             s.queue = s.queue,n
             self.learn.yb = () # tells `Recorder` that there is nothing to record
             raise CancelBatchException
-        (self.learn.xb,self.learn.yb,s.w,s.rows),rest = (take(s.queue, o, n) for o in (torch.arange(min(n,full)),torch.arange(min(n,full), n)))
+        (self.learn.xb,self.learn.yb,s.w,s.rows),rest = (take(s.queue, o, n) for o in (torch.arange(full),torch.arange(full, n)))
         s.queue = (rest,n-full) if n>full else None
         s.loss,s.passed = torch.stack(s.passed).mean(),[]
 
@@ -439,7 +442,7 @@ class SelectionCB(Callback):
     def _add_scale(self, scale): self.normaliser = self.normaliser[0]+1/scale,self.normaliser[1]+1
 
     def _note_scale(self):
-        with torch.no_grad(): self._add_scale(loss_scale(self.loss_grad, raw_loss(self.loss_func, self.pred, *self.yb)))
+        with plain_tensors(), torch.no_grad(): self._add_scale(loss_scale(self.loss_grad, raw_loss(self.loss_func, self.pred, *self.yb)))
 
     def _remember(self):
         "Store the scores of the epoch, and warn once of those that could not be used"
