@@ -6,4 +6,12 @@ from .variance import *
 from .callback.core import *
 from .callback.importance import *
 from .callback.filter import *
+from .callback.selective import *
+from .callback.epoch import *
+from .callback.tracker import *
+from .callback.proxy import *
+from .callback.coreset import *
+from .callback.svrg import *
+from .callback.ranked import *
+from .plots import *
 from .data import *

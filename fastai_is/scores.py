@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['score_funcs', 'context_names', 'plain_tensors', 'loss_score', 'upper_bound', 'get_score', 'score_context',
-           'apply_score', 'last_layer', 'LayerTap', 'no_trace', 'Scored', 'score_batch', 'make_tap', 'tap_context']
+           'apply_score', 'last_layer', 'LayerTap', 'no_trace', 'Scored', 'score_batch', 'make_tap', 'tap_context',
+           'last_layer_norm']
 
-# %% ../nbs/01_scores.ipynb #926caa9a
+# %% ../nbs/01_scores.ipynb #314b0851
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.func import functional_call, vjp, vmap
 from fastcore.basics import noop
 from fastai.losses import BaseLoss, LabelSmoothingCrossEntropy
 from fastai.torch_core import find_bs, to_float
@@ -29,7 +32,11 @@ def loss_score(
     "The unnormalised loss of each sample. Cheap, and only loosely tied to the gradient norm"
     return raw_loss(loss_func, pred, *yb)
 
-# %% ../nbs/01_scores.ipynb #ed95251e
+# %% ../nbs/01_scores.ipynb #c1341426
+def _full(t):
+    "A plain tensor of at least 32 bits"
+    return t.as_subclass(Tensor).to(torch.promote_types(t.dtype, torch.float32))
+
 def _ce_coefs(z, y, ignore_index):
     "Targets `y` as coefficients of the shape of `z` (classes last), and a mask of those that count"
     if y.shape==z.shape: return y.to(z.dtype),None
@@ -57,14 +64,14 @@ def _bce_grad(z, y, weight=None, pos_weight=None, **_):
 
 def _mse_grad(z, y, **_): return 2*(z-y)
 
-# %% ../nbs/01_scores.ipynb #dcc4659a
+# %% ../nbs/01_scores.ipynb #a5f57a7a
 _closed = {nn.CrossEntropyLoss:_ce_grad, F.cross_entropy:_ce_grad, LabelSmoothingCrossEntropy:_smooth_ce_grad,
     nn.BCEWithLogitsLoss:_bce_grad, F.binary_cross_entropy_with_logits:_bce_grad, nn.MSELoss:_mse_grad, F.mse_loss:_mse_grad}
 _ce_like = (_ce_grad, _smooth_ce_grad)
 _settings = 'weight ignore_index label_smoothing eps pos_weight'.split()
 
 def _closed_grad(loss_func, pred, y):
-    "The gradient of each sample's unnormalised loss in closed form, or None where there is no such form"
+    "The gradient of each sample's unnormalised loss at `pred`, in closed form, or None where there is no such form"
     axis,flat,f,kw = 1,False,loss_func,{}
     if isinstance(f, BaseLoss): axis,flat,f = f.axis,f.flatten,f.func
     if isinstance(f, partial) and not f.args: f,kw = f.func,f.keywords
@@ -72,7 +79,7 @@ def _closed_grad(loss_func, pred, y):
     except TypeError: return None
     if rule is None: return None
     kw = {k:v for k in _settings if (v := kw.get(k, getattr(f, k, None))) is not None}
-    z,y = pred.detach().as_subclass(Tensor).float(),y.as_subclass(Tensor)
+    z,y = _full(pred.detach()),y.as_subclass(Tensor)
     if rule in _ce_like:
         if z.ndim<2: return None
         z = z.movedim(axis, -1)
@@ -80,23 +87,22 @@ def _closed_grad(loss_func, pred, y):
         if y.shape!=z.shape: # flattened losses take targets of any shape
             if y.numel()!=z[...,0].numel() or y.is_floating_point(): return None
             y = y.reshape(z.shape[:-1])
-        n = z[0,...,0].numel()
+        return (rule(z, y, **kw)/z[0,...,0].numel()).movedim(-1, axis)
     else:
         if y.shape!=z.shape:
             if not flat or y.numel()!=z.numel(): return None
             y = y.reshape(z.shape)
-        y,n = y.float(),z[0].numel()
-    return rule(z, y, **kw)/n
+        return rule(z, y.to(z.dtype), **kw)/z[0].numel()
 
-# %% ../nbs/01_scores.ipynb #1be8eb2e
+# %% ../nbs/01_scores.ipynb #b1f28084
 def _autograd_grad(loss_func, pred, *yb):
     many = isinstance(pred, (tuple,list))
-    leaves = [o.detach().as_subclass(Tensor).float().requires_grad_() for o in (pred if many else [pred])]
+    leaves = [_full(o.detach()).requires_grad_() for o in (pred if many else [pred])]
     with torch.enable_grad(): total = raw_loss(loss_func, type(pred)(leaves) if many else leaves[0], *yb).sum()
     gs = torch.autograd.grad(total, leaves, allow_unused=True)
     return [g for g in gs if g is not None]
 
-# %% ../nbs/01_scores.ipynb #e0c66188
+# %% ../nbs/01_scores.ipynb #88bed5f3
 def upper_bound(
     pred:Tensor, # Predictions before the activation `[bs, ...]`, or a tuple of such
     *yb, # Targets, each `[bs, ...]`
@@ -109,12 +115,12 @@ def upper_bound(
     if preact is not None: gs = torch.autograd.grad(raw_loss(loss_func, pred, *yb).sum(), preact, retain_graph=True)
     elif len(yb)==1 and isinstance(pred, Tensor) and (g := _closed_grad(loss_func, pred, yb[0])) is not None: gs = [g]
     else: gs = _autograd_grad(loss_func, pred, *yb)
-    if len(gs)==1: return torch.linalg.vector_norm(gs[0].as_subclass(Tensor).float().flatten(1), dim=1)
-    return sum(g.float().flatten(1).square().sum(1) for g in gs).sqrt()
+    norms = torch.stack([torch.linalg.vector_norm(_full(g).flatten(1), dim=1) for g in gs])
+    return norms[0] if len(gs)==1 else torch.linalg.vector_norm(norms, dim=0)
 
-# %% ../nbs/01_scores.ipynb #f5f6bfd4
+# %% ../nbs/01_scores.ipynb #572f8dc3
 score_funcs = dict(loss=loss_score, upper_bound=upper_bound)
-context_names = 'xb','model','hidden','preact'
+context_names = 'xb','model','layer','hidden','preact'
 
 def get_score(
     score:str|Callable # A name in `score_funcs`, or a function `score(pred, *yb, loss_func, ...)`
@@ -146,11 +152,11 @@ def apply_score(
         "Average or sum over the other axes.")
     return res.detach().as_subclass(Tensor).float()
 
-# %% ../nbs/01_scores.ipynb #1fc557cd
+# %% ../nbs/01_scores.ipynb #d99a2056
 def last_layer(
     model:nn.Module # A network
 )->nn.Module: # Its last linear or convolutional layer, in the order of definition
-    "The layer whose input `hidden` is. Raises a `ValueError` when there is none"
+    "The layer that scores look at when none is named. Raises a `ValueError` when there is none"
     ls = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
     if not ls: raise ValueError(f"{type(model).__name__} has no linear or convolutional layer: name the one to use with `layer=`.")
     return ls[-1]
@@ -194,7 +200,7 @@ def no_trace(
             for m in flipped: vars(m)['training'] = not training
             for b,old in buffers: b.copy_(old)
 
-# %% ../nbs/01_scores.ipynb #680d2111
+# %% ../nbs/01_scores.ipynb #2e9bcb61
 class Scored(NamedTuple):
     "What a scoring pass found out about a batch"
     scores:Tensor # `[bs]`, the larger the more important
@@ -207,7 +213,7 @@ def score_batch(
     loss_func:Callable, # The learner's loss function
     xb:tuple, # Inputs
     yb:tuple, # Targets
-    layer:nn.Module|None=None, # The layer for scores that ask for `preact` or `hidden`; the model's last one for `hidden` when None
+    layer:nn.Module|None=None, # The layer for scores that ask for `layer`, `hidden` or `preact`; the model's last one when None, except for `preact` alone
     training:bool=False, # Score in training mode?
     names:set|None=None, # `score_context(score)`, where it is known
     autocast=None, # A context manager to run the model in, such as `torch.autocast('cuda')`
@@ -216,17 +222,73 @@ def score_batch(
     "Score a batch without leaving a trace in `model` or in the random state"
     names,loss_func = score_context(score) if names is None else names,user_loss(loss_func)
     tap = make_tap(model, names, layer)
-    with plain_tensors(), no_trace(model, training), tap or nullcontext():
-        with autocast or nullcontext(): pred = to_float(after_pred(model(*xb))) # as `MixedPrecision` does
+    with plain_tensors(), no_trace(model, training):
+        with tap or nullcontext(), autocast or nullcontext(): pred = to_float(after_pred(model(*xb))) # as `MixedPrecision` does
         scores = apply_score(score, pred, yb, loss_func, **tap_context(names, tap, xb, model))
         return Scored(scores, raw_loss(loss_func, pred, *yb).detach().float(), loss_func(pred, *yb).detach().as_subclass(Tensor).float().mean())
 
 def make_tap(model, names, layer=None):
     "A `LayerTap` if a score that declares `names` needs one, else None"
-    if 'hidden' in names or ('preact' in names and layer is not None): return LayerTap(layer or last_layer(model))
+    if names & {'hidden','layer'} or ('preact' in names and layer is not None): return LayerTap(layer or last_layer(model))
 
 def tap_context(names, tap, xb, model):
-    "The values for those of `context_names` that a score declares; `preact` only where a layer was named for it"
+    "The values for those of `context_names` that a score declares; what belongs to a layer only where one is tapped"
     vals = dict(xb=xb, model=model)
-    if tap: vals.update(hidden=tap.hidden, preact=tap.preact)
+    if tap: vals.update(layer=tap.layer, hidden=tap.hidden, preact=tap.preact)
     return {n:vals[n] for n in names if n in vals}
+
+# %% ../nbs/01_scores.ipynb #a6307efd
+_budget = 2**25 # numbers to hold at a time
+
+class _Bare(nn.Module):
+    "`layer` without the hooks that were put on it"
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+    def forward(self, x): return self.layer.forward(x)
+
+def _func_norms(layer, h, g):
+    "The norm of each sample's gradient over the parameters of any layer"
+    bare = _Bare(layer)
+    ps = {n:_full(p.detach()) for n,p in bare.named_parameters()}
+    def one(h, g):
+        _,back = vjp(lambda ps: functional_call(bare, ps, (h[None],)), ps)
+        return sum(o.square().sum() for o in back(g[None])[0].values()).sqrt()
+    return vmap(one, chunk_size=max(1, _budget//sum(p.numel() for p in ps.values())))(h, g)
+
+def _linear_norms(layer, h, g):
+    "The same for a linear layer"
+    bias,(h,g) = layer.bias is not None,(o.reshape(len(o), -1, o.shape[-1]) for o in (h,g))
+    (_,t,i),o = h.shape,g.shape[2]
+    if t==1: return torch.linalg.vector_norm(g, dim=(1,2))*(h.square().sum((1,2))+bias).sqrt()
+    def sq(h, g): return ((h@h.mT)*(g@g.mT)).sum((1,2)).clamp_min(0) if t*(i+o)<i*o else (g.mT@h).square().sum((1,2))
+    rows = max(1, _budget//min(t*t, i*o))
+    return (torch.cat([sq(*o) for o in zip(h.split(rows), g.split(rows))]) + bias*g.sum(1).square().sum(1)).sqrt()
+
+# %% ../nbs/01_scores.ipynb #6c743e4d
+def _is_output(pred, preact):
+    "Is `pred` what `LayerTap` made of `preact`, and nothing more?"
+    node = getattr(pred, 'grad_fn', None)
+    return node is not None and node.name()=='CloneBackward0' and node.next_functions[0]==tuple(get_gradient_edge(preact))[:2]
+
+def last_layer_norm(
+    pred:Tensor, # Predictions `[bs, ...]`, or a tuple of such
+    *yb, # Targets, each `[bs, ...]`
+    loss_func:Callable, # The user's loss
+    layer:nn.Module, # The layer
+    hidden:Tensor, # What went into it `[bs, ...]`
+    preact:Tensor # What came out `[bs, ...]`; part of `pred`'s graph
+)->Tensor: # Norms `[bs]`, in units of loss per unit of weight
+    """The norm of the gradient of each sample's loss with respect to the weight and bias of the last layer, or the one that is named by `layer=`.
+    Exact for a layer that is run once in a pass. Raises a `ValueError` where the layer has no part in the loss, or its rows are not the samples.
+    Source: Goodfellow, 2015, 'Efficient Per-Example Gradient Computations'"""
+    loss_func,g = user_loss(loss_func),None
+    if hidden is not None and len(hidden)==len(preact)==find_bs(yb):
+        if len(yb)==1 and isinstance(pred, Tensor) and _is_output(pred, preact): g = _closed_grad(loss_func, pred, yb[0])
+        if g is None and (total := raw_loss(loss_func, pred, *yb).sum()).requires_grad:
+            g = torch.autograd.grad(total, preact, retain_graph=True, allow_unused=True)[0]
+    if g is None: raise ValueError(f"{layer} has no row for each of the {find_bs(yb)} samples, or no part in their loss: name the layer to look at with `layer=`.")
+    norms = _linear_norms if type(layer) is nn.Linear else _func_norms
+    with torch.no_grad(), torch.autocast(g.device.type, enabled=False): return norms(layer, _full(hidden), _full(g))
+
+score_funcs['last_layer'] = last_layer_norm

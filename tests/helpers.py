@@ -35,9 +35,9 @@ def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 class Watch(Callback):
     "Notes what each training step was given, after selection"
     order, run_valid = 5, False
-    def before_fit(self): self.ids, self.steps, self.lrs, self.loss, self.loss_grad = [], [], [], [], []
+    def before_fit(self): self.ids, self.lrs, self.train_losses, self.grad_losses = [], [], [], []
     def before_train(self): self.ids.append([])
     def before_batch(self): self.ids[-1].append(ids_of(self.xb)); self.lrs.append(self.opt.hypers[-1]['lr'])
-    def after_loss(self): self.loss.append(self.learn.loss.item()); self.loss_grad.append(self.learn.loss_grad.item())
+    def after_loss(self): self.train_losses.append(self.learn.loss.item()); self.grad_losses.append(self.learn.loss_grad.item())
 
 for o in [o for o in globals() if o=='test' or o.startswith('test_')]: del globals()[o] # fastcore's, which pytest would take for tests

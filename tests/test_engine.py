@@ -177,7 +177,7 @@ def test_train_loss_compares_with_plain():
     def logged(cb=None):
         w = Watch()
         quiet_fit(learn, 30, [w]+([cb] if cb else []), lr=0., fit='fit')
-        return np.mean(w.loss), np.mean(w.loss_grad)
+        return np.mean(w.train_losses), np.mean(w.grad_losses)
     plain, _ = logged()
     for cb in (ImportanceCB(keep=.3, gate=None, bias=0.), ImportanceCB(keep=.3, gate=None, seat='batch', bias=0.), BatchLossFilter(.6, gate=None)):
         loss, chosen = logged(cb)
@@ -358,7 +358,7 @@ def test_train_loss_of_weighted_and_summed_losses(loss, seat):
     def logged(cb=None, epochs=40):
         w = Watch()
         quiet_fit(learn, epochs, [w]+([cb] if cb else []), lr=0., fit='fit')
-        steps = np.array(w.loss).reshape(epochs, 10)
+        steps = np.array(w.train_losses).reshape(epochs, 10)
         return steps[:, :9].mean(), steps[:, 9].mean()
     whole, tail = logged()
     cb = ImportanceCB(keep=.3, gate=None, seat=seat)

@@ -1,4 +1,5 @@
 "Scores against autograd; a scoring pass leaves no trace."
+from copy import deepcopy
 from functools import partial
 
 import pytest, torch, torch.nn.functional as F
@@ -96,3 +97,92 @@ def test_wrong_scores():
     with pytest.raises(ValueError, match=r'expected \(6,\)'): apply_score(lambda p, y, loss_func: p, rand(6, 3), y, F.cross_entropy)
     with pytest.raises(TypeError, match='expected a tensor'): apply_score(lambda p, y, loss_func: 3, rand(6, 3), y, F.cross_entropy)
     with pytest.raises(ValueError, match='no linear or convolutional layer'): last_layer(nn.ReLU())
+
+# The last layer
+def net(tail, *more): return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), tail, *more)
+def convnet(tail): return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), tail)
+
+LAST = dict(
+    classification=(CrossEntropyLossFlat(), net(nn.Linear(7, 3)), rand(6, 5), ints(3, 6)), # fastai's losses work in float32 whatever they are given
+    no_bias=(CrossEntropyLossFlat(), net(nn.Linear(7, 3, bias=False)), rand(6, 5), ints(3, 6)),
+    class_weights=(nn.CrossEntropyLoss(weight=w3), net(nn.Linear(7, 3)), rand(6, 5), ints(3, 6)),
+    smoothing=(LabelSmoothingCrossEntropyFlat(), net(nn.Linear(7, 3)), rand(6, 5), ints(3, 6)),
+    smoothing_weights=(nn.CrossEntropyLoss(weight=w3, label_smoothing=.1), net(nn.Linear(7, 3)), rand(6, 5), ints(3, 6)),
+    multilabel=(BCEWithLogitsLossFlat(), net(nn.Linear(7, 4)), rand(6, 5), ints(2, 6, 4).float()),
+    regression=(MSELossFlat(), net(nn.Linear(7, 1)), rand(6, 5), rand(6)),
+    focal=(FocalLossFlat(), net(nn.Linear(7, 3)), rand(6, 5), ints(3, 6)),
+    softmax_behind=(nn.NLLLoss(), net(nn.Linear(7, 3), nn.LogSoftmax(-1)), rand(6, 5), ints(3, 6)),
+    in_place_behind=(CrossEntropyLossFlat(), net(nn.Linear(7, 3), nn.ReLU(inplace=True)), rand(6, 5), ints(3, 6)),
+    few_positions=(CrossEntropyLossFlat(), net(nn.Linear(7, 30)), rand(6, 3, 5), ints(30, 6, 3)),
+    many_positions=(CrossEntropyLossFlat(), net(nn.Linear(7, 3, bias=False)), rand(6, 20, 5), ints(3, 6, 20)),
+    segmentation=(nn.CrossEntropyLoss(weight=w3), convnet(nn.Conv2d(4, 3, 1)), rand(4, 2, 5, 6), ints(3, 4, 5, 6)),
+    wide_no_bias=(CrossEntropyLossFlat(axis=1), convnet(nn.Conv2d(4, 3, 3, padding=1, padding_mode='reflect', bias=False)), rand(4, 2, 5, 6), ints(3, 4, 5, 6)),
+    groups=(nn.MSELoss(), convnet(nn.Conv2d(4, 6, 3, stride=2, groups=2)), rand(4, 2, 7, 7), rand(4, 6, 3, 3)),
+    transposed=(nn.MSELoss(), convnet(nn.ConvTranspose2d(4, 3, 2, stride=2)), rand(4, 2, 3, 3), rand(4, 3, 6, 6)),
+    one_dimension=(nn.MSELoss(), nn.Sequential(nn.Conv1d(2, 3, 3)), rand(4, 2, 8), rand(4, 3, 6)),
+    one_sample=(CrossEntropyLossFlat(), net(nn.Linear(7, 3)), rand(1, 5), ints(3, 1)))
+
+def slow_last(lf, model, x, y, layer):
+    "One sample at a time, by autograd on the layer's parameters"
+    res = []
+    for i in range(len(x)):
+        gs = torch.autograd.grad(raw_loss(lf, model(x[i:i+1]), y[i:i+1]).sum(), list(layer.parameters()))
+        res.append(torch.cat([g.flatten() for g in gs]).norm())
+    return torch.stack(res)
+
+def cast(lf, dtype):
+    "Class weights of another precision"
+    lf = deepcopy(lf)
+    (lf if isinstance(lf, nn.Module) else lf.func).to(dtype)
+    return lf
+
+@pytest.mark.parametrize('dtype,eps', ((torch.float64, 1e-6), (torch.float32, 1e-4)))
+@pytest.mark.parametrize('case', LAST)
+def test_last_layer(case, dtype, eps):
+    lf, model, x, y = LAST[case]
+    lf, model, x, y = cast(lf, dtype), deepcopy(model).to(dtype), x.to(dtype), y.to(dtype) if y.is_floating_point() else y
+    with LayerTap(last_layer(model)) as tap: pred = model(x)
+    got = last_layer_norm(pred, y, loss_func=lf, layer=tap.layer, hidden=tap.hidden, preact=tap.preact)
+    assert got.dtype == dtype
+    want = slow_last(lf, model, x, y, tap.layer)
+    torch.testing.assert_close(got, want, rtol=eps, atol=eps*want.max().item())
+    if dtype == torch.float32: # predictions are scored as such
+        scored = score_batch(model, get_score('last_layer'), lf, (x,), (y,)).scores
+        torch.testing.assert_close(scored, want, rtol=1e-4, atol=1e-4*want.max().item())
+    assert not any(m._forward_hooks for m in model.modules()) and all(p.grad is None for p in model.parameters())
+
+def test_closed_form_only_where_the_prediction_is_the_layers_output(monkeypatch):
+    import fastai_is.scores as mod
+    calls, real = [], mod._closed_grad
+    monkeypatch.setattr(mod, '_closed_grad', lambda *args: calls.append(1) or real(*args))
+    for case, n in dict(classification=1, segmentation=1, softmax_behind=0, in_place_behind=0).items():
+        lf, model, x, y = LAST[case]
+        calls.clear()
+        score_batch(model, last_layer_norm, lf, (x,), (y,))
+        assert len(calls) == n, case
+
+def test_last_layer_that_is_named():
+    lf, model, x, y = LAST['classification']
+    torch.testing.assert_close(score_batch(model, last_layer_norm, lf, (x,), (y,), layer=model[0]).scores, slow_last(lf, model, x, y, model[0]))
+
+def test_last_layer_leaves_other_hooks_alone():
+    lf, model, x, y = LAST['segmentation']
+    model, calls = deepcopy(model), []
+    model[2].register_forward_hook(lambda *args: calls.append(1))
+    score_batch(model, last_layer_norm, lf, (x,), (y,))
+    assert len(calls) == 1, 'the one forward pass'
+
+def test_last_layer_in_mixed_precision():
+    lf, model, x, y = LAST['classification']
+    got = score_batch(model, last_layer_norm, lf, (x,), (y,), autocast=torch.autocast('cpu', torch.bfloat16)).scores
+    torch.testing.assert_close(got, slow_last(lf, model, x, y, model[2]), rtol=.03, atol=0)
+
+def test_last_layer_without_a_part_in_the_loss():
+    class Skips(nn.Module):
+        def __init__(self, use): super().__init__(); self.a, self.b, self.use = nn.Linear(5, 3), nn.Linear(5, 3), use
+        def forward(self, x): return self.a(x)+(self.b(x).detach() if self.use else 0)
+    class Flat(nn.Module):
+        def __init__(self): super().__init__(); self.a = nn.Linear(5, 3)
+        def forward(self, x): return self.a(x.flatten(0, 1)).view(6, 4, 3)
+    for model, x, y in ((Skips(True), rand(6, 5), ints(3, 6)), (Skips(False), rand(6, 5), ints(3, 6)), (Flat(), rand(6, 4, 5), ints(3, 6, 4))):
+        with pytest.raises(ValueError, match='name the layer to look at with `layer=`'): score_batch(model, last_layer_norm, CrossEntropyLossFlat(), (x,), (y,))

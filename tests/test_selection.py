@@ -193,3 +193,42 @@ def test_keep_within():
         k = keep_within(s, limit, .2)
         assert inflation(s, k, .2) <= limit and (k == 2 or inflation(s, k-1, .2) > limit)
     assert keep_within(s, 100., .2, floor=.5) == 32
+
+def test_constant_variance_at_set_points():
+    "1/tau + 0.2; nothing below the authors' threshold 1/(2/3 - 0.2) = 2.143"
+    for t, share in ((1., 1.), (2.14, 1.), (2.15, 1/2.15+.2), (2.5, .6), (4., .45), (10., .3)): assert abs(constant_variance(t)-share) < 1e-9
+    assert constant_variance(2.5, 1., 1.) == 1 and abs(constant_variance(4., 1., 1.)-.45) < 1e-9
+    assert abs(constant_variance(4., extra=.1)-.35) < 1e-9
+
+def slow_constant_time(t, bt, b):
+    "In samples, step by step: the time of a plain step, the smallest batch, the pool, what is left for training"
+    time = (1+bt)*b
+    a = max(.2*b, b/t)
+    B = b+.5*(time-(1+bt)*a-b)
+    return B/b, (time-B)/(1+bt)/b
+
+def test_constant_time_at_set_points():
+    assert constant_time(1.) == constant_time(2.) == (1., 1.)
+    for t, pool, share in ((2.0001, 1.25, 1.75/3), (3., 1.5, .5), (5., 1.7, 1.3/3), (50., 1.7, 1.3/3)):
+        for got, want in zip(constant_time(t), (pool, share)): assert abs(got-want) < 1e-3
+    for t, f, b in ((2.5, 1., 2.), (3.7, 2., 5.), (6., .01, .03)):
+        got = constant_time(t, f, b)
+        assert all(abs(x-y) < 1e-9 for x, y in zip(got, slow_constant_time(t, b/f, 128))) and abs(got[0]*f+got[1]*(f+b)-(f+b)) < 1e-9, 'the cost of a plain step'
+    assert constant_time(3., 1., .5) == (1., 1.), 'backward passes so cheap that there is nothing to trade'
+
+def test_pass_timer():
+    "Three steps of 32 samples: medians, what is not named is not counted, what comes later neither"
+    now, waits = [0.], []
+    timer = PassTimer(steps=3, clock=lambda: now[0], sync=lambda: waits.append(1))
+    def step(forward, backward, between=100.):
+        for name, s in ((None, between), ('forward', forward), (None, between), ('backward', backward)):
+            now[0] += s
+            timer.lap(name, 32)
+    step(50., 90.)
+    step(.32, .96)
+    assert timer.costs is None
+    step(.64, .64)
+    assert all(abs(a-b) < 1e-9 for a, b in zip(timer.costs, (.02, .03))) and len(waits) == 12
+    costs = timer.costs
+    step(1., 1.)
+    assert timer.costs == costs and len(waits) == 12

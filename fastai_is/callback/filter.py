@@ -5,61 +5,109 @@
 # %% auto #0
 __all__ = ['BatchLossFilter']
 
-# %% ../../nbs/12_callback.filter.ipynb #a33590fd
+# %% ../../nbs/12_callback.filter.ipynb #f30dfd1d
 from .core import *
+from ..losses import raw_loss
+from ..scores import plain_tensors
 from ..selection import Selection, top_count, top_loss
 
 from collections.abc import Callable
+from numbers import Real
 
-# %% ../../nbs/12_callback.filter.ipynb #5020cc36
+import matplotlib.pyplot as plt, torch
+from fastcore.meta import delegates
+
+# %% ../../nbs/12_callback.filter.ipynb #2646d0dd
 class BatchLossFilter(SelectionCB):
     """Train on the smallest part of each batch that carries `loss_perc` of its loss. Biased towards samples with a high loss.
     `train_loss` is the mean over the scoring pass while the filter is on, so it compares with plain training's.
-    Raises a `ValueError` for settings out of range. Source: oguiza, fast.ai forum, 2019"""
+    Raises a `ValueError` or `TypeError` for settings out of range. Source: oguiza, fast.ai forum, 2019"""
     unbiased = False
+    @delegates(SelectionCB.__init__, but=['score','seat','seats'])
     def __init__(self,
         loss_perc:float=.9, # Share of the batch's loss to keep, 0 to 1
         min_sample_perc:float=0., # Keep at least this share of the samples, 0 to 1
-        schedule_func:Callable|None=None, # From the share of training done to a factor from 0 to 1 for the share of samples left out
+        schedule_func:Callable|None=None, # From the share of the time from `start` to `end`, 0 to 1, to a factor from 0 to 1 for the share of samples left out
+        start:float=0., # Share of training at which to begin, 0 to 1
+        end:float=1., # Share of training at which to stop, above `start` and up to 1
         gate:str|None='auto', # 'auto': only when it saves time; None: always
-        seat:str='batch' # Where to select: 'batch' or 'loss'
+        seat:str='batch', # Where to select: 'batch' or 'loss'
+        score='loss', # Name of a score, or a function `score(pred, *yb, loss_func)`, to take the place of the loss
+        **kwargs
     ):
-        for nm,v in (('loss_perc',loss_perc), ('min_sample_perc',min_sample_perc)):
-            if isinstance(v, bool) or not isinstance(v, (int,float)) or not 0<=v<=1: raise ValueError(f"{nm}={v!r}: expected a share from 0 to 1.")
+        for nm,v in (('loss_perc',loss_perc), ('min_sample_perc',min_sample_perc), ('start',start), ('end',end)):
+            if isinstance(v, bool) or not isinstance(v, Real) or not 0<=v<=1: raise ValueError(f"{nm}={v!r}: expected a share from 0 to 1.")
+        if start>=end: raise ValueError(f"start={start!r}: expected less than end={end!r}, both shares of training. Leave them out to filter from begin to end.")
         if not (schedule_func is None or callable(schedule_func)):
             raise TypeError(f"schedule_func={schedule_func!r}: expected a function from the share of training done to a factor, such as `SchedLin(0,1)`.")
-        if gate not in ('auto', None): raise ValueError(f"gate={gate!r}: expected 'auto' or None.")
-        super().__init__(score='loss', seat=seat, seats=('batch','loss'))
-        self.loss_perc,self.min_sample_perc,self.schedule_func,self.gate = loss_perc,min_sample_perc,schedule_func,gate
+        for i in range(101 if schedule_func else 0):
+            if not 0<=(f := float(schedule_func(i/100)))<=1:
+                raise ValueError(f"schedule_func({i/100}) returned {f!r}: expected a factor from 0 (everything is kept) to 1.")
+        if not (gate is None or isinstance(gate, str) and gate=='auto'): raise ValueError(f"gate={gate!r}: expected 'auto' or None.")
+        super().__init__(score=score, seat=seat, seats=('batch','loss'), **kwargs)
+        self.loss_perc,self.min_sample_perc,self.schedule_func,self.start,self.end,self.gate = loss_perc,min_sample_perc,schedule_func,start,end,gate
+        self.recorded,self.pending = [],[] # a row for each batch that was selected from; those that are still on the device
 
     @property
     def off(self): return self.loss_perc==1 or self.min_sample_perc==1
     @property
-    def watches(self): return self.gate is not None
+    def within(self): return self.start<=self.learn.pct_train and (self.end==1 or self.learn.pct_train<self.end)
+    @property
+    def watches(self): return self.gate is not None and self.within
 
     def _left_out(self, n, k):
         "How many of `n` samples to leave out when `k` are enough, by the schedule"
-        f = 1. if self.schedule_func is None else float(self.schedule_func(min(1., self.learn.pct_train)))
-        if not 0<=f<=1: raise ValueError(f"schedule_func({self.learn.pct_train:.3f}) returned {f!r}: expected a factor from 0 (everything is kept) to 1.")
-        return f*(n-k)
+        if self.schedule_func is None: return n-k
+        pct = (self.learn.pct_train-self.start)/(self.end-self.start)
+        return min(1., max(0., float(self.schedule_func(min(1., max(0., pct))))))*(n-k)
 
-    def start_fit(self): self.fit_state.share,self.fit_state.open = (0.,0),False # a running mean of the share kept and its length
+    def start_fit(self):
+        self.fit_state.share,self.fit_state.open = (0.,0),False # a running mean of the share kept and its length
+        self.recorded,self.pending = [],[]
+    def start_epoch(self): self.kept_shares()
 
-    def follow(self, losses):
-        s,n = self.fit_state,losses.shape[-1]
-        for k in top_count(losses, self.loss_perc).clamp(min=self.min_sample_perc*n).tolist():
+    def follow(self, scores):
+        s,n = self.fit_state,scores.shape[-1]
+        for k in top_count(scores, self.loss_perc).clamp(min=self.min_sample_perc*n).tolist():
             s.share = .9*s.share[0]+.1*(1-self._left_out(n, k)/n),s.share[1]+1 # its start at 0 is corrected for when it is read
 
     def is_on(self, bs):
         s = self.fit_state
+        if not self.within: return False
         if self.gate is None or s.seat=='loss': return True
         if self.learn.train_iter%10==0:
             m,c = s.share
             s.open = c>0 and m/(1-.9**c)<2/3
         return s.open
 
-    def choose(self, losses):
-        sel,n = top_loss(losses, self.loss_perc, self.min_sample_perc),len(losses)
+    def choose(self, scores):
+        sel,n = top_loss(scores, self.loss_perc, self.min_sample_perc),len(scores)
         k = max(min(2,n), n-int(self._left_out(n, len(sel.idxs)))) # BatchNorm needs two
-        if k!=len(sel.idxs): sel = Selection(losses.topk(k).indices.sort().values, losses.new_ones(k))
+        if k!=len(sel.idxs): sel = Selection(scores.topk(k).indices.sort().values, scores.new_ones(k))
+        self._record(sel.idxs, n)
         return sel
+
+    def _record(self, idxs, n):
+        scored = self.fit_state.scored
+        with torch.no_grad(), plain_tensors(): losses = raw_loss(self.loss_func, self.pred, *self.yb) if scored is None else scored.losses
+        self.pending.append((self.learn.train_iter, len(idxs)/n, losses[idxs].sum()/losses.sum())) # not read yet, which would wait for the device
+
+    def kept_shares(self)->tuple: # Training steps, shares of the samples and shares of the loss, each `[steps]`
+        "What was kept of each batch that was selected from, in the latest fit"
+        if self.pending:
+            steps,samples,losses = zip(*self.pending)
+            self.recorded += zip(steps, samples, torch.stack(losses).tolist())
+            self.pending = []
+        return torch.tensor(self.recorded, dtype=torch.float64).view(-1,3).unbind(1)
+
+    def plot_kept(self,
+        ax=None # matplotlib axes
+    ):
+        "The shares of samples and of loss that were kept, over the training steps of the latest fit"
+        if ax is None: _,ax = plt.subplots(figsize=(6,3))
+        steps,samples,losses = self.kept_shares()
+        ax.plot(steps, 100*losses, label='of the loss', lw=1)
+        ax.plot(steps, 100*samples, label='of the samples', lw=1)
+        ax.set(xlabel='training step', ylabel='kept of the batch (%)', ylim=(0,125), yticks=range(0,101,20), title='What BatchLossFilter kept')
+        ax.legend(loc='upper right', ncols=2)
+        return ax

@@ -5,23 +5,52 @@
 # %% auto #0
 __all__ = ['ImportanceCB']
 
-# %% ../../nbs/11_callback.importance.ipynb #713d850c
+# %% ../../nbs/11_callback.importance.ipynb #1d2cf0f7
 from .core import *
-from ..selection import systematic
-from ..variance import break_even, inflation, keep_within, tau
+from ..selection import resample, systematic
+from ..variance import PassTimer, break_even, constant_time, constant_variance, inflation, keep_within, tau
 
-from numbers import Real
+from numbers import Integral, Real
+from time import perf_counter
 
 import torch
-from torch import nn
+from fastcore.basics import noop
+from fastcore.meta import delegates
+from fastai.torch_core import find_bs
 
-# %% ../../nbs/11_callback.importance.ipynb #cc7889bd
+# %% ../../nbs/11_callback.importance.ipynb #8eb2fb1a
+def _check_settings(keep, bias, smooth, gate, seat, limit, floor, costs, pool, hold):
+    "Raise a `ValueError` that names what is wrong and the remedy"
+    def number(v): return isinstance(v, Real) and not isinstance(v, bool)
+    def named(v, *names): return v is None or isinstance(v, str) and v in names
+    def expect(ok, name, v, what):
+        if not ok: raise ValueError(f"{name}={v!r}: expected {what}.")
+    expect(keep is not None and named(keep, 'auto') or number(keep) and 0<keep<=1, 'keep', keep, "a share above 0 and up to 1, or 'auto'")
+    expect(number(bias) and 0<=bias<=1, 'bias', bias, 'a number from 0 (unweighted) to 1 (unbiased)')
+    expect(number(smooth) and 0<=smooth<=1, 'smooth', smooth, 'a share from 0 (scores alone) to 1 (uniform)')
+    expect(smooth>0 or seat!='epoch' or number(keep) and keep==1, 'smooth', smooth,
+        "more than 0 with seat='epoch', so that no sample is lost for good; 0.2 is a good value")
+    expect(named(gate, 'auto') or number(gate) and gate>0, 'gate', gate, "'auto', None, or a threshold of tau above 0")
+    expect(number(limit) and limit>1, 'limit', limit, 'a number above 1, such as 1.1')
+    expect(number(floor) and 0<floor<=1, 'floor', floor, 'a share above 0 and up to 1')
+    expect(costs is not None and named(costs, 'measured') or isinstance(costs, (tuple,list)) and len(costs)==2 and all(number(c) and c>0 for c in costs),
+        'costs', costs, "two numbers above 0, forward and backward, or 'measured'")
+    expect(isinstance(pool, Integral) and not isinstance(pool, bool) and pool>=1, 'pool', pool, 'a whole number of batches, 1 (no pool) or more, such as 3')
+    expect(named(hold, 'variance', 'time'), 'hold', hold, "None, 'variance' or 'time'")
+    expect(pool==1 or hold is None, 'hold', hold, f"None with pool={pool!r}, since it sets the size of the pool itself; leave out one of the two")
+    for nm,v,on in (('pool',pool,pool>1), ('hold',hold,hold is not None)):
+        expect(not on or seat=='batch', 'seat', seat, f"'batch' with {nm}={v!r}, where a scoring pass comes before each step")
+        expect(not on or keep=='auto', 'keep', keep, f"'auto' with {nm}={v!r}, which says how much is kept (pool=n keeps 1/n); leave `keep` out")
+
+# %% ../../nbs/11_callback.importance.ipynb #f52c37cb
 class ImportanceCB(SelectionCB):
     """Train on few important samples instead of many, with weights that make up for the choice. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is (in the loss seat: the mean loss).
     Raises a `ValueError` or `TypeError` for settings out of range. Source: Katharopoulos & Fleuret, 2018"""
+    clock = perf_counter
+    @delegates(SelectionCB.__init__, but=['score','seat','seats'])
     def __init__(self,
-        score='upper_bound', # Name of a score ('upper_bound', 'loss'), or a function `score(pred, *yb, loss_func)`
+        score='upper_bound', # Name of a score ('upper_bound', 'loss', 'last_layer', 'grad_norm'), or a function `score(pred, *yb, loss_func)`
         keep:float|str='auto', # Share of the samples to train on, above 0 to 1; 'auto': the smallest whose predicted `inflation` is within `limit`
         bias:float=.5, # Exponent of the weights: 1 unbiased, 0 unweighted
         smooth:float=.2, # Share of uniform probability mixed in; bounds the weights by `1/smooth`
@@ -29,24 +58,15 @@ class ImportanceCB(SelectionCB):
         seat:str='epoch', # Where to select: 'epoch', 'batch' or 'loss'
         limit:float=1.1, # Largest predicted variance, relative to training on everything, that 'auto' accepts
         floor:float=.1, # Smallest share that `keep='auto'` may come to
-        costs:tuple=(1.,2.), # Costs of a forward and a backward pass, for the gate in the batch seat; fixed, since a clock makes runs irreproducible
-        layer:nn.Module|None=None # Where the model's output is not the pre-activation: the layer that puts it out
+        costs:tuple|str=(1.,2.), # Costs of a forward and a backward pass, for the gate in the batch seat; 'measured': by the clock, so that runs differ
+        pool:int=1, # Batches that are scored for each one that is trained on, in the batch seat
+        hold:str|None=None, # In the batch seat: keep the 'variance' by training on less as tau grows, or the 'time' of a step by scoring more
+        **kwargs
     ):
-        def number(v): return isinstance(v, Real) and not isinstance(v, bool)
-        def named(v, *names): return v is None or isinstance(v, str) and v in names
-        def expect(ok, name, v, what):
-            if not ok: raise ValueError(f"{name}={v!r}: expected {what}.")
-        expect(keep is not None and named(keep, 'auto') or number(keep) and 0<keep<=1, 'keep', keep, "a share above 0 and up to 1, or 'auto'")
-        expect(number(bias) and 0<=bias<=1, 'bias', bias, 'a number from 0 (unweighted) to 1 (unbiased)')
-        expect(number(smooth) and 0<=smooth<=1, 'smooth', smooth, 'a share from 0 (scores alone) to 1 (uniform)')
-        expect(smooth>0 or seat!='epoch' or number(keep) and keep==1, 'smooth', smooth,
-            "more than 0 with seat='epoch', so that no sample is lost for good; 0.2 is a good value")
-        expect(named(gate, 'auto') or number(gate) and gate>0, 'gate', gate, "'auto', None, or a threshold of tau above 0")
-        expect(number(limit) and limit>1, 'limit', limit, 'a number above 1, such as 1.1')
-        expect(number(floor) and 0<floor<=1, 'floor', floor, 'a share above 0 and up to 1')
-        expect(isinstance(costs, (tuple,list)) and len(costs)==2 and all(number(c) and c>0 for c in costs), 'costs', costs, 'two numbers above 0, forward and backward')
-        super().__init__(score=score, seat=seat, layer=layer)
-        self.keep,self.bias,self.smooth,self.gate,self.limit,self.floor,self.costs = keep,bias,smooth,gate,limit,floor,costs
+        _check_settings(keep, bias, smooth, gate, seat, limit, floor, costs, pool, hold)
+        super().__init__(score=score, seat=seat, **kwargs)
+        self.keep,self.bias,self.smooth,self.gate,self.limit,self.floor,self.costs,self.pool,self.hold = keep,bias,smooth,gate,limit,floor,costs,pool,hold
+        self.timer = None
 
     @property
     def off(self): return self.keep==1
@@ -54,6 +74,8 @@ class ImportanceCB(SelectionCB):
     def columns(self): return ('kept',) if self.off else ('kept','tau')
     @property
     def watches(self): return self.keep=='auto' or self.gate is not None
+    @property
+    def follows_ids(self): return self.pool>1 or self.hold=='time'
 
     def number(self,
         windows, # Remembered scores `[windows, n]`, or None if there are none yet
@@ -72,6 +94,8 @@ class ImportanceCB(SelectionCB):
 
     # Over the epoch
     def plan(self, ids, bs):
+        s = self.fit_state
+        if s.seat!='epoch': return self._plan_pools(ids, round(s.pool*bs)) if s.open and s.pool>1 else None
         m = min(bs, len(ids))
         whole,tail = ids[:len(ids)//m*m].view(-1,m),ids[len(ids)//m*m:]
         sample = whole[::max(1,len(whole)//256)] # a few hundred windows are enough to decide on
@@ -82,43 +106,87 @@ class ImportanceCB(SelectionCB):
         sels = [(w,systematic(self.store.get(w), k, self.smooth, self.generator())) for w,k in parts]
         return Plan(torch.cat([w.gather(1, s.idxs).flatten() for w,s in sels]), torch.cat([s.weights.flatten() for _,s in sels]), k)
 
+    def _plan_pools(self, ids, n):
+        "The loader's own order in batches of `n`. Where it drops what is short, the last pool is filled up with the first ids, so that none is lost"
+        n = min(n, len(ids))
+        return Plan(torch.cat([ids,ids[:-len(ids)%n]]) if self.dl.drop_last else ids, None, n)
+
     # In the batch and in the loss
     def start_fit(self):
         s = self.fit_state
-        s.share,s.tau = 1.,(0.,0) # a running mean of tau and its length
+        s.share,s.pool,s.tau,s.part = 1.,1.,(0.,0),None # a running mean of tau and its length; what is left of a pool
         s.open = self.gate is None or s.seat=='loss'
+        waits = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize)
+        self.timer = PassTimer(clock=self.clock, sync=waits.get(next(self.model.parameters()).device.type, noop)) if self.costs=='measured' else None
 
     def start_epoch(self):
         s,w = self.fit_state,self.recent
-        if self.keep!='auto' and (self.gate is None or s.seat=='batch'): s.share = self.keep # in the batch, the gate follows tau
+        if self.follows_ids: # batches are planned by epoch, and so are the gate and the sizes
+            s.pool,train = (self.pool,1.) if self.hold is None else constant_time(self.tau() or 1., *self.pass_costs)
+            s.share,s.open = train/s.pool,self._gate_open(s.pool, train)
+        elif self.hold: pass # sizes follow tau
+        elif self.keep!='auto' and (self.gate is None or s.seat=='batch'): s.share = self.keep # in the batch, the gate follows tau
         else: s.share = 1. if w is None else self.number(w, w.shape[1])/w.shape[1]
 
     def is_on(self, bs):
-        s,k = self.fit_state,self._k(bs)
-        if s.seat=='batch' and self.gate is not None and self.learn.train_iter%10==0: s.open = self._gate_open(bs, k)
-        return s.open and k<bs
+        s = self.fit_state
+        if s.seat=='batch' and not self.follows_ids and self.learn.train_iter%10==0:
+            if self.hold: s.share = min(1., constant_variance(self.tau() or 1., *self.pass_costs))
+            s.open = self._gate_open(bs, self._k(bs))
+        return s.open and self._k(bs)<bs
 
     def _k(self, bs): return min(bs, max(2, round(self.fit_state.share*bs)))
 
-    def _gate_open(self, bs, k):
-        t = self.tau()
-        if t is None: return False
+    def _gate_open(self, B, k):
+        "Is it worth scoring `B` samples to train on `k`?"
+        t,(forward,backward) = self.tau(),self.pass_costs
+        if self.gate is None or t is None: return self.gate is None
         if self.gate!='auto': return t>self.gate
-        forward,backward = self.costs
-        saves = k*(forward+backward)<bs*backward # else scoring and training on `k` cost as much as training on everything
-        return saves and t>break_even(bs, k, forward, backward)
+        saves = k*(forward+backward)<B*backward # else scoring and training on `k` cost as much as training on everything
+        return saves and t>break_even(B, k, forward, backward)
+
+    @property
+    def pass_costs(self)->tuple: # Forward and backward; where they are 'measured', in seconds a sample, and (1,2) until they are
+        "The costs that the gate goes by"
+        return (self.timer and self.timer.costs or (1.,2.)) if self.costs=='measured' else self.costs
 
     def choose(self, scores):
-        return systematic(scores, self._k(len(scores)), self.smooth, self.generator(scores.device))
+        draw = resample if self.follows_ids else systematic
+        return draw(scores, self._k(len(scores)), self.smooth, self.generator(scores.device))
 
     def follow(self, scores):
         s = self.fit_state
+        if self.pool>1 and s.follow and not s.open: scores = self._join(scores)
         for t in tau(scores).tolist(): s.tau = .9*s.tau[0]+.1*t,s.tau[1]+1 # its start at 0 is corrected for when it is read
 
+    def _join(self, scores):
+        "The scores of plain batches as a pool of them would have them, for tau grows with the pool; what is over waits for the next"
+        s,n = self.fit_state,scores.shape[1]
+        if s.part is not None and s.part.shape[1]!=n:
+            if s.part.shape[1]>n: return scores[:0] # of a short last batch
+            s.part = None
+        if s.part is not None: scores = torch.cat([s.part,scores])
+        m = len(scores)//self.pool*self.pool
+        s.part = scores[m:]
+        return scores[:m].reshape(-1, self.pool*n)
+
     def tau(self):
-        "The measure of how unequal the scores are: remembered ones over the epoch, else smoothed over batches"
+        "The measure of how unequal the scores are: remembered ones over the epoch, else smoothed over batches or pools"
         s = self.fit_state
         if s is None: return
         self._look()
         if s.seat=='epoch': return tau(self.store.seen()).item() if len(self.store) else None
         return s.tau[0]/(1-.9**s.tau[1]) if s.tau[1] else None
+
+    # The clock, where it is asked for: plain steps at the beginning of a fit
+    def _lap(self, name=None):
+        s = self.fit_state
+        if s and self.timer and s.scored is None: self.timer.lap(name, find_bs(self.yb))
+    def before_batch(self):
+        super().before_batch()
+        self._lap()
+    def after_pred(self):
+        self._lap('forward')
+        super().after_pred()
+    def before_backward(self): self._lap()
+    def after_backward(self): self._lap('backward')
