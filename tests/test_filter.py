@@ -89,8 +89,8 @@ def test_plain_bit_for_bit_where_everything_is_kept():
         ours = sizes_of(cb)
         assert ours[0] == plain[0] and same(weights(ours[2]), weights(plain[2]))
     late, early = sizes_of(BatchLossFilter(.3, gate=None, start=.5)), sizes_of(BatchLossFilter(.3, gate=None, end=.5))
-    assert late[1].loss[:25] == plain[1].loss[:25] and late[1].ids[:2] == plain[1].ids[:2]
-    assert max(late[0][25:]) < 64 and early[0][25:] == plain[0][25:] and early[1].loss[1:25] != plain[1].loss[1:25]
+    assert late[1].train_losses[:25] == plain[1].train_losses[:25] and late[1].ids[:2] == plain[1].ids[:2]
+    assert max(late[0][25:]) < 64 and early[0][25:] == plain[0][25:] and early[1].train_losses[1:25] != plain[1].train_losses[1:25]
 
 def test_the_guard_within_a_span():
     "It learns what is kept from the first batches of the span, and opens ten steps later at the latest"

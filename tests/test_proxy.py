@@ -217,7 +217,7 @@ def test_state_dict_continues_bit_for_bit(given, tmp_path):
     a, b, fresh = go_on(cb), go_on(new), go_on(make())
     assert same(a[0], b[0]) and same(a[1], b[1]) and not same(a[0], fresh[0])
     state = new.state_dict()
-    with pytest.raises(ValueError, match='expected scores'): ImportanceCB().load_state_dict(state)
+    with pytest.raises(ValueError, match='The state of ProxyScore'): ImportanceCB().load_state_dict(state)
     new.load_state_dict(torch.load(tmp_path/'cb.pth')) # into one that has been in use
     assert same(new.proxy.state_dict(), torch.load(tmp_path/'cb.pth')['proxy_state']['proxy'])
 

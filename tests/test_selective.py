@@ -458,7 +458,7 @@ def test_the_state_goes_on_in_another_callback(tmp_path):
         quiet_fit(make_learner(model=deepcopy(model)), 4, [w, cb])
         runs.append(w.ids)
     assert runs[0] == runs[1] and len(sum(runs[0][0], [])) < 450, 'selects at once: the scores are one epoch old, so the first two epochs are stale'
-    with pytest.raises(ValueError, match='Load what the `state_dict` of a SelectiveBackprop'): b.load_state_dict(ImportanceCB().state_dict())
+    with pytest.raises(ValueError, match='The state of ImportanceCB: expected what the `state_dict` of a SelectiveBackprop gave'): b.load_state_dict(ImportanceCB().state_dict())
 
 # Real digits
 def test_digits_are_learned_with_half_the_backward_passes():

@@ -42,7 +42,7 @@ def _check_settings(keep, bias, smooth, gate, seat, limit, floor, costs, pool, h
         expect(not on or seat=='batch', 'seat', seat, f"'batch' with {nm}={v!r}, where a scoring pass comes before each step")
         expect(not on or keep=='auto', 'keep', keep, f"'auto' with {nm}={v!r}, which says how much is kept (pool=n keeps 1/n); leave `keep` out")
 
-# %% ../../nbs/11_callback.importance.ipynb #f52c37cb
+# %% ../../nbs/11_callback.importance.ipynb #988ce20a
 class ImportanceCB(SelectionCB):
     """Train on few important samples instead of many, with weights that make up for the choice. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is (in the loss seat: the mean loss).
@@ -101,9 +101,9 @@ class ImportanceCB(SelectionCB):
         sample = whole[::max(1,len(whole)//256)] # a few hundred windows are enough to decide on
         k = self.number(self.store.get(sample) if len(self.store) else None, m)
         if k==m: return
-        parts = [(w,k) for w in whole.split(512)]
-        if len(tail): parts.append((tail[None], min(k, max(min(2,len(tail)), round(k*len(tail)/m)))))
-        sels = [(w,systematic(self.store.get(w), k, self.smooth, self.generator())) for w,k in parts]
+        parts = [(w,o,k) for w,o in zip(whole.split(512), self.store.get(whole).split(512))]
+        if len(tail): parts.append((tail[None], self.store.get(tail[None]), min(k, max(min(2,len(tail)), round(k*len(tail)/m)))))
+        sels = [(w,systematic(o, k, self.smooth, self.generator())) for w,o,k in parts]
         return Plan(torch.cat([w.gather(1, s.idxs).flatten() for w,s in sels]), torch.cat([s.weights.flatten() for _,s in sels]), k)
 
     def _plan_pools(self, ids, n):

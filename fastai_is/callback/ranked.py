@@ -20,16 +20,16 @@ from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 from fastai.torch_core import get_random_states, set_random_states, to_device
 
-# %% ../../nbs/19_callback.ranked.ipynb #0bf87fb7
+# %% ../../nbs/19_callback.ranked.ipynb #425be990
 def rank_order(
     scores:Tensor # Scores `[n]` on the CPU, float32, none negative
-)->Tensor: # Positions `[n]`, those with the lowest scores first; equal scores stay in order
+)->Tensor: # Positions `[n]`, int32, those with the lowest scores first; equal scores stay in order
     "The positions of `scores` in ascending order"
     bits = (scores+0.).numpy().view(np.uint32) # +0. since a loss may be -0., whose bits are those of the largest number
-    low = np.argsort(bits.astype(np.uint16), kind='stable')
+    low = np.argsort(bits.astype(np.uint16), kind='stable').astype(np.int32)
     return torch.from_numpy(low[np.argsort((bits>>16).astype(np.uint16)[low], kind='stable')])
 
-# %% ../../nbs/19_callback.ranked.ipynb #62b8f9f6
+# %% ../../nbs/19_callback.ranked.ipynb #3de5ab3a
 class OnlineBatchSelection(EpochCB):
     """Draw each epoch with replacement by the rank of the loss, the highest `pressure` times as often as the lowest. Biased towards samples with a high loss;
     `train_loss` is the weighted, unbiased estimate of the mean loss. The first epoch is plain.
@@ -63,8 +63,9 @@ class OnlineBatchSelection(EpochCB):
         if not len(self.store) or s==1: return
         if self.recompute and self.epoch%self.recompute==0: self._score_all()
         scores = self.store.get(ids)
-        p,order = (torch.arange(n)*(math.log(s)/n)).exp(),rank_order(scores)
-        sel = redraw(p if usable(scores) else torch.ones(n), self.count(n, bs), self.generator())
+        order,p = rank_order(scores),(torch.arange(n)*(math.log(s)/n)).exp_() if usable(scores) else torch.ones(n)
+        del scores # of a million samples, each such list is 5 MB
+        sel = redraw(p, self.count(n, bs), self.generator())
         return Plan(ids.index_select(0, order.index_select(0, sel.idxs)), sel.weights, bs)
 
     def _score_all(self):
