@@ -446,6 +446,19 @@ def test_bad_types():
     with pytest.raises(TypeError, match='seat'): SelectiveBackprop(seat='epoch')
     with pytest.raises(TypeError, match='reduction'): quiet_fit(make_learner(loss=lambda p, t: F.cross_entropy(p, t).square()), 1, SelectiveBackprop())
 
+@pytest.mark.parametrize('gate,shut', ((1e9, True), (.5, False)))
+def test_gate(gate, shut):
+    "Shut it is plain training, which follows tau for free; tau is at least 1, so a threshold below that is always passed"
+    cb = SelectiveBackprop(1, gate=gate)
+    w, plain = Watch(), Watch()
+    quiet_fit(make_learner(), 3, [w, cb]), quiet_fit(make_learner(), 3, plain)
+    if shut: assert w.ids == plain.ids and w.train_losses == plain.train_losses and cb.counts == dict(forwarded=1800, backpropagated=1800)
+    else: assert w.ids[0] == plain.ids[0] and 600 < cb.counts['backpropagated'] < 1500 and cb.counts['forwarded'] == 1200+cb.counts['backpropagated']
+
+@pytest.mark.parametrize('kw,match', ((dict(gate=0), 'gate=0: expected a threshold'), (dict(gate='auto'), "gate='auto'"), (dict(gate=1.4, scale_factor=.5), 'gate=1.4: expected None with scale_factor=0.5')))
+def test_gate_settings(kw, match):
+    with pytest.raises(ValueError, match=match): SelectiveBackprop(**kw)
+
 def test_the_state_goes_on_in_another_callback(tmp_path):
     learn, a = make_learner(), SelectiveBackprop(1, every=3)
     quiet_fit(learn, 3, a)

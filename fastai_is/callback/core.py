@@ -143,18 +143,18 @@ def aside(
                 rng.setstate(state)
                 dl.rng = rng
 
-# %% ../../nbs/10_callback.core.ipynb #cf078ded
+# %% ../../nbs/10_callback.core.ipynb #d911a7bd
 def take(
     b:tuple, # Inputs or targets: each a tensor, a list with an entry for each sample, or a tuple, list or dictionary of such
-    idxs:Tensor, # Rows to take `[k]`
+    idxs:Tensor|slice, # Rows to take `[k]`
     bs:int # Number of rows of a whole batch
 )->tuple: # The same with `k` rows
     "The rows `idxs` of everything in `b` that has `bs` rows"
     def rows(o):
         if isinstance(o, Tensor):
             if not o.ndim or len(o)!=bs: return o
-            with plain_tensors(): return retain_meta(o, o[idxs.to(o.device)].as_subclass(type(o)))
-        if isinstance(o, list) and len(o)==bs: return [o[i] for i in idxs.tolist()]
+            with plain_tensors(): return retain_meta(o, o[idxs if isinstance(idxs, slice) else idxs.to(o.device)].as_subclass(type(o)))
+        if isinstance(o, list) and len(o)==bs: return o[idxs] if isinstance(idxs, slice) else [o[i] for i in idxs.tolist()]
         if isinstance(o, dict): return type(o)({k:rows(v) for k,v in o.items()})
         return type(o)([rows(v) for v in o]) if isinstance(o, (tuple,list)) else o
     return tuple(rows(o) for o in b)
@@ -173,7 +173,7 @@ def join(
         return type(o)([cat(ps) for ps in zip(*os)]) if isinstance(o, (tuple,list)) else o
     return tuple(cat(os) for os in zip(*bs))
 
-# %% ../../nbs/10_callback.core.ipynb #537d4cb7
+# %% ../../nbs/10_callback.core.ipynb #42e4eff5
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -397,8 +397,8 @@ class SelectionCB(Callback):
             s.queue = part,n
             self.learn.yb = () # tells `Recorder` that there is nothing to record
             raise CancelBatchException
-        self.learn.xb,self.learn.yb,s.w,s.rows = take(part, torch.arange(full), n)
-        if n>full: s.queue = take(part, torch.arange(full, n), n),n-full
+        self.learn.xb,self.learn.yb,s.w,s.rows = take(part, slice(full), n)
+        if n>full: s.queue = take(part, slice(full,n), n),n-full
         s.loss,s.passed = torch.stack(s.passed).mean(),[]
 
     def _add_waiting(self, bs):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['loss_cdf', 'keep_prob', 'shrink', 'SelectiveBackprop']
 
-# %% ../../nbs/13_callback.selective.ipynb #5ad89a32
+# %% ../../nbs/13_callback.selective.ipynb #1ca75cc7
 from .core import *
 from ..scores import Scored
 from ..selection import Selection, usable
+from ..variance import tau
 
 import math
 from numbers import Integral, Real
@@ -43,7 +44,7 @@ def shrink(
     if not (isinstance(x, Tensor) and x.is_floating_point() and 3<=x.ndim<=5): return x
     return F.interpolate(x.as_subclass(Tensor), scale_factor=factor, mode=('linear','bilinear','trilinear')[x.ndim-3])
 
-# %% ../../nbs/13_callback.selective.ipynb #1626f029
+# %% ../../nbs/13_callback.selective.ipynb #a42daf67
 class SelectiveBackprop(SelectionCB):
     """Train on each sample with the probability `CDF(score)^beta`, in full batches. Biased towards samples with a high score.
     `train_loss` is the mean over the scoring passes where there are any, so it compares with plain training's.
@@ -61,6 +62,7 @@ class SelectiveBackprop(SelectionCB):
         interrupt:int=0, # Train on every so many-th batch of a scored epoch whole; 0: on none
         scale_factor:float=1., # Score images with sides so much as long; 1: as they are
         history:int=1024, # Number of recent losses to compare with
+        gate:float|None=None, # Select only while tau of the scores is above this, as in Katharopoulos & Fleuret, 2018; None: always
         **kwargs
     ):
         def number(v): return isinstance(v, Real) and not isinstance(v, bool)
@@ -74,8 +76,10 @@ class SelectiveBackprop(SelectionCB):
         expect(whole(interrupt, 0), 'interrupt', interrupt, 'a whole number of batches, or 0 to train on none whole')
         expect(number(scale_factor) and 0<scale_factor<=1, 'scale_factor', scale_factor, 'a factor above 0 and up to 1 (images as they are)')
         expect(whole(history, 2), 'history', history, 'a whole number of losses of at least 2, such as 1024')
+        expect(gate is None or number(gate) and gate>0, 'gate', gate, 'a threshold of tau above 0, such as 1.4, or None')
+        expect(gate is None or scale_factor==1, 'gate', gate, f'None with scale_factor={scale_factor!r}, since while it is shut there are only scores of the images as they are')
         super().__init__(score=score, seat='batch', seats=('batch',), **kwargs)
-        self.beta,self.every,self.start,self.end,self.interrupt,self.scale_factor,self.history = beta,every,start,end,interrupt,scale_factor,history
+        self.beta,self.every,self.start,self.end,self.interrupt,self.scale_factor,self.history,self.gate = beta,every,start,end,interrupt,scale_factor,history,gate
         self._forget()
 
     @property
@@ -89,6 +93,7 @@ class SelectiveBackprop(SelectionCB):
 
     def start_fit(self):
         if self.recent is None: self._forget() # nothing seen yet, or another data set
+        self.fit_state.tau = 0.,0
         self._check_loader(self.dls.train)
 
     def start_epoch(self):
@@ -102,7 +107,9 @@ class SelectiveBackprop(SelectionCB):
             raise ValueError(f"SelectiveBackprop puts samples of several batches together, which this {name} does not allow: {why}. Use `BatchLossFilter`.")
         if self.every>1: raise ValueError(f"every={self.every} needs to know the ids in the batches of this {name}, which it cannot: {why}. Use every=1.")
 
-    def _active(self): return self.fit_state.warm and self.start<=self.learn.pct_train<self.end
+    def _active(self):
+        s = self.fit_state
+        return s.warm and self.start<=self.learn.pct_train<self.end and (self.gate is None or s.tau[1]>0 and s.tau[0]/(1-.9**s.tau[1])>self.gate)
 
     # Between scored epochs
     def plan(self, ids, bs):
@@ -121,6 +128,9 @@ class SelectiveBackprop(SelectionCB):
     def is_on(self, bs): return self._active() and not self.fit_state.stale and not (self.interrupt and (self.iter+1)%self.interrupt==0)
 
     def follow(self, losses):
+        s = self.fit_state
+        if self.gate is not None:
+            for t in tau(losses).tolist(): s.tau = .9*s.tau[0]+.1*t,s.tau[1]+1 # a running mean and its length, which corrects for its start at 0
         losses = losses.flatten().nan_to_num(torch.inf, torch.inf, -torch.inf)
         self.losses = torch.cat([self.losses.to(losses.device), losses])[-self.history:]
 
