@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['ImportanceCB']
 
-# %% ../../nbs/11_callback.importance.ipynb #1d2cf0f7
+# %% ../../nbs/11_callback.importance.ipynb #7e7a160c
 from .core import *
 from ..selection import resample, systematic
 from ..variance import PassTimer, break_even, constant_time, constant_variance, inflation, keep_within, tau
 
-from numbers import Integral, Real
 from time import perf_counter
 
 import torch
@@ -18,29 +17,26 @@ from fastcore.basics import noop
 from fastcore.meta import delegates
 from fastai.torch_core import find_bs
 
-# %% ../../nbs/11_callback.importance.ipynb #8eb2fb1a
+# %% ../../nbs/11_callback.importance.ipynb #51c7f019
 def _check_settings(keep, bias, smooth, gate, seat, limit, floor, costs, pool, hold):
     "Raise a `ValueError` that names what is wrong and the remedy"
-    def number(v): return isinstance(v, Real) and not isinstance(v, bool)
     def named(v, *names): return v is None or isinstance(v, str) and v in names
-    def expect(ok, name, v, what):
-        if not ok: raise ValueError(f"{name}={v!r}: expected {what}.")
-    expect(keep is not None and named(keep, 'auto') or number(keep) and 0<keep<=1, 'keep', keep, "a share above 0 and up to 1, or 'auto'")
-    expect(number(bias) and 0<=bias<=1, 'bias', bias, 'a number from 0 (unweighted) to 1 (unbiased)')
-    expect(number(smooth) and 0<=smooth<=1, 'smooth', smooth, 'a share from 0 (scores alone) to 1 (uniform)')
-    expect(smooth>0 or seat!='epoch' or number(keep) and keep==1, 'smooth', smooth,
+    check_setting(keep is not None and named(keep, 'auto') or is_number(keep) and 0<keep<=1, 'keep', keep, "a share above 0 and up to 1, or 'auto'")
+    check_setting(is_number(bias) and 0<=bias<=1, 'bias', bias, 'a number from 0 (unweighted) to 1 (unbiased)')
+    check_setting(is_number(smooth) and 0<=smooth<=1, 'smooth', smooth, 'a share from 0 (scores alone) to 1 (uniform)')
+    check_setting(smooth>0 or seat!='epoch' or is_number(keep) and keep==1, 'smooth', smooth,
         "more than 0 with seat='epoch', so that no sample is lost for good; 0.2 is a good value")
-    expect(named(gate, 'auto') or number(gate) and gate>0, 'gate', gate, "'auto', None, or a threshold of tau above 0")
-    expect(number(limit) and limit>1, 'limit', limit, 'a number above 1, such as 1.1')
-    expect(number(floor) and 0<floor<=1, 'floor', floor, 'a share above 0 and up to 1')
-    expect(costs is not None and named(costs, 'measured') or isinstance(costs, (tuple,list)) and len(costs)==2 and all(number(c) and c>0 for c in costs),
+    check_setting(named(gate, 'auto') or is_number(gate) and gate>0, 'gate', gate, "'auto', None, or a threshold of tau above 0")
+    check_setting(is_number(limit) and limit>1, 'limit', limit, 'a number above 1, such as 1.1')
+    check_setting(is_number(floor) and 0<floor<=1, 'floor', floor, 'a share above 0 and up to 1')
+    check_setting(costs is not None and named(costs, 'measured') or isinstance(costs, (tuple,list)) and len(costs)==2 and all(is_number(c) and c>0 for c in costs),
         'costs', costs, "two numbers above 0, forward and backward, or 'measured'")
-    expect(isinstance(pool, Integral) and not isinstance(pool, bool) and pool>=1, 'pool', pool, 'a whole number of batches, 1 (no pool) or more, such as 3')
-    expect(named(hold, 'variance', 'time'), 'hold', hold, "None, 'variance' or 'time'")
-    expect(pool==1 or hold is None, 'hold', hold, f"None with pool={pool!r}, since it sets the size of the pool itself; leave out one of the two")
+    check_setting(is_whole(pool, 1), 'pool', pool, 'a whole number of batches, 1 (no pool) or more, such as 3')
+    check_setting(named(hold, 'variance', 'time'), 'hold', hold, "None, 'variance' or 'time'")
+    check_setting(pool==1 or hold is None, 'hold', hold, f"None with pool={pool!r}, since it sets the size of the pool itself; leave out one of the two")
     for nm,v,on in (('pool',pool,pool>1), ('hold',hold,hold is not None)):
-        expect(not on or seat=='batch', 'seat', seat, f"'batch' with {nm}={v!r}, where a scoring pass comes before each step")
-        expect(not on or keep=='auto', 'keep', keep, f"'auto' with {nm}={v!r}, which says how much is kept (pool=n keeps 1/n); leave `keep` out")
+        check_setting(not on or seat=='batch', 'seat', seat, f"'batch' with {nm}={v!r}, where a scoring pass comes before each step")
+        check_setting(not on or keep=='auto', 'keep', keep, f"'auto' with {nm}={v!r}, which says how much is kept (pool=n keeps 1/n); leave `keep` out")
 
 # %% ../../nbs/11_callback.importance.ipynb #988ce20a
 class ImportanceCB(SelectionCB):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['forward_cost', 'tiny_net', 'ProxyScore']
 
-# %% ../../nbs/16_callback.proxy.ipynb #67d434d8
+# %% ../../nbs/16_callback.proxy.ipynb #9c0dbd89
 from .core import *
 from ..losses import raw_loss
 from ..scores import no_trace, plain_tensors, score_batch
@@ -13,7 +13,6 @@ from ..selection import flatten_weights, systematic
 
 from contextlib import contextmanager
 from copy import deepcopy
-from numbers import Integral, Real
 
 import torch
 from torch import nn, Tensor
@@ -43,7 +42,7 @@ def tiny_net(
     look = [nn.AdaptiveAvgPool2d(size)] if size else []
     return nn.Sequential(*look, nn.Flatten(), nn.Linear(shape[1:2].numel()*torch.Size(size).numel(), hidden), nn.ReLU(), nn.Linear(hidden, n_out))
 
-# %% ../../nbs/16_callback.proxy.ipynb #1797fc8a
+# %% ../../nbs/16_callback.proxy.ipynb #ffe9cba4
 class ProxyScore(SelectionCB):
     """Train on the best of `pool` batches, chosen by a tiny network that is trained along the way. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is. An epoch has `1/pool` of the steps.
@@ -62,16 +61,13 @@ class ProxyScore(SelectionCB):
         warmup:int=1, # Epochs in which everything is trained on, while the proxy begins to learn
         **kwargs
     ):
-        def expect(ok, name, v, what):
-            if not ok: raise ValueError(f"{name}={v!r}: expected {what}.")
-        def number(v): return isinstance(v, Real) and not isinstance(v, bool)
         if not (proxy is None or isinstance(proxy, nn.Module)): raise TypeError(f"proxy={proxy!r}: expected a network (`nn.Module`), or None for `tiny_net`.")
-        expect(proxy is None or any(p.requires_grad for p in proxy.parameters()), 'proxy', proxy, 'a network with parameters that can be trained')
-        expect(isinstance(pool, Integral) and number(pool) and pool>=1, 'pool', pool, 'a whole number of batches from 1 (keep everything)')
-        expect(number(bias) and 0<=bias<=1, 'bias', bias, 'a number from 0 (unweighted) to 1 (unbiased)')
-        expect(number(smooth) and 0<=smooth<=1, 'smooth', smooth, 'a share from 0 (scores alone) to 1 (uniform)')
-        expect(number(lr) and lr>0, 'lr', lr, 'a learning rate above 0, such as 0.003')
-        expect(isinstance(warmup, Integral) and number(warmup) and warmup>=0, 'warmup', warmup, 'a whole number of epochs from 0')
+        check_setting(proxy is None or any(p.requires_grad for p in proxy.parameters()), 'proxy', proxy, 'a network with parameters that can be trained')
+        check_setting(is_whole(pool, 1), 'pool', pool, 'a whole number of batches from 1 (keep everything)')
+        check_setting(is_number(bias) and 0<=bias<=1, 'bias', bias, 'a number from 0 (unweighted) to 1 (unbiased)')
+        check_setting(is_number(smooth) and 0<=smooth<=1, 'smooth', smooth, 'a share from 0 (scores alone) to 1 (uniform)')
+        check_setting(is_number(lr) and lr>0, 'lr', lr, 'a learning rate above 0, such as 0.003')
+        check_setting(is_whole(warmup), 'warmup', warmup, 'a whole number of epochs from 0')
         super().__init__(score=score, seat='batch', seats=('batch',), **kwargs)
         self.proxy,self.pool,self.bias,self.smooth,self.lr,self.warmup = proxy,pool,bias,smooth,lr,warmup
         self.proxy_opt,self.saved,self.epochs,self.proxy_cost = None,None,0,0.

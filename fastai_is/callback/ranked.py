@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['rank_order', 'OnlineBatchSelection', 'PrioritizedSampling']
 
-# %% ../../nbs/19_callback.ranked.ipynb #d5efd719
+# %% ../../nbs/19_callback.ranked.ipynb #d6af291c
 from .core import *
-from .epoch import EpochCB, redraw, _expect, _number
+from .epoch import EpochCB
 from ..scores import score_batch
-from ..selection import usable
+from ..selection import redraw, usable
 
 import math
-from numbers import Integral
 
 import numpy as np, torch
 from torch import Tensor
@@ -29,7 +28,7 @@ def rank_order(
     low = np.argsort(bits.astype(np.uint16), kind='stable').astype(np.int32)
     return torch.from_numpy(low[np.argsort((bits>>16).astype(np.uint16)[low], kind='stable')])
 
-# %% ../../nbs/19_callback.ranked.ipynb #3de5ab3a
+# %% ../../nbs/19_callback.ranked.ipynb #af72f12f
 class OnlineBatchSelection(EpochCB):
     """Draw each epoch with replacement by the rank of the loss, the highest `pressure` times as often as the lowest. Biased towards samples with a high loss;
     `train_loss` is the weighted, unbiased estimate of the mean loss. The first epoch is plain.
@@ -42,9 +41,9 @@ class OnlineBatchSelection(EpochCB):
         score='loss', # Name of a score, or a function `score(pred, *yb, loss_func)`
         **kwargs
     ):
-        _expect(isinstance(pressure, (tuple,list)) and len(pressure)==2 and all(_number(s) and 1<=s<math.inf for s in pressure), 'pressure', pressure,
+        check_setting(isinstance(pressure, (tuple,list)) and len(pressure)==2 and all(is_number(s) and 1<=s<math.inf for s in pressure), 'pressure', pressure,
             'two numbers of at least 1, at the start and at the end of training, such as (100,1)')
-        _expect(isinstance(recompute, Integral) and not isinstance(recompute, bool) and recompute>=0, 'recompute', recompute, 'a whole number of epochs, or 0 for never')
+        check_setting(is_whole(recompute), 'recompute', recompute, 'a whole number of epochs, or 0 for never')
         super().__init__(score=score, **kwargs)
         self.pressure,self.recompute = tuple(pressure),recompute
 
@@ -85,7 +84,7 @@ class OnlineBatchSelection(EpochCB):
         scores = torch.cat(scores)
         if len(scores)==dl.n: self.store.put(torch.arange(dl.n), scores) # else an item was skipped
 
-# %% ../../nbs/19_callback.ranked.ipynb #75fb1098
+# %% ../../nbs/19_callback.ranked.ipynb #e6ab3a6b
 class PrioritizedSampling(EpochCB):
     """Draw each epoch with replacement by priority, with weights to the power `beta`, which rises to 1 in the course of training. Unbiased with `beta=1`;
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `beta` is. The first epoch is plain.
@@ -99,10 +98,10 @@ class PrioritizedSampling(EpochCB):
         score='loss', # Name of a score, or a function `score(pred, *yb, loss_func)`
         **kwargs
     ):
-        _expect(kind in ('proportional','rank'), 'kind', kind, "'proportional' or 'rank'")
-        _expect(_number(alpha) and 0<=alpha<math.inf, 'alpha', alpha, 'a number of at least 0, such as 0.6')
-        _expect(_number(beta) and 0<=beta<=1, 'beta', beta, 'a number from 0 (unweighted) to 1 (unbiased)')
-        _expect(_number(eps) and 0<eps<math.inf, 'eps', eps, 'a number above 0, small against the losses, such as 1e-6')
+        check_setting(kind in ('proportional','rank'), 'kind', kind, "'proportional' or 'rank'")
+        check_setting(is_number(alpha) and 0<=alpha<math.inf, 'alpha', alpha, 'a number of at least 0, such as 0.6')
+        check_setting(is_number(beta) and 0<=beta<=1, 'beta', beta, 'a number from 0 (unweighted) to 1 (unbiased)')
+        check_setting(is_number(eps) and 0<eps<math.inf, 'eps', eps, 'a number above 0, small against the losses, such as 1e-6')
         super().__init__(score=score, **kwargs)
         self.kind,self.alpha,self.beta,self.eps = kind,alpha,beta,eps
 

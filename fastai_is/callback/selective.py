@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['loss_cdf', 'keep_prob', 'shrink', 'SelectiveBackprop']
 
-# %% ../../nbs/13_callback.selective.ipynb #1ca75cc7
+# %% ../../nbs/13_callback.selective.ipynb #c3be6db9
 from .core import *
 from ..scores import Scored
 from ..selection import Selection, usable
 from ..variance import tau
 
 import math
-from numbers import Integral, Real
 
 import torch, torch.nn.functional as F
 from torch import Tensor
@@ -44,7 +43,7 @@ def shrink(
     if not (isinstance(x, Tensor) and x.is_floating_point() and 3<=x.ndim<=5): return x
     return F.interpolate(x.as_subclass(Tensor), scale_factor=factor, mode=('linear','bilinear','trilinear')[x.ndim-3])
 
-# %% ../../nbs/13_callback.selective.ipynb #a42daf67
+# %% ../../nbs/13_callback.selective.ipynb #a292a457
 class SelectiveBackprop(SelectionCB):
     """Train on each sample with the probability `CDF(score)^beta`, in full batches. Biased towards samples with a high score.
     `train_loss` is the mean over the scoring passes where there are any, so it compares with plain training's.
@@ -65,19 +64,15 @@ class SelectiveBackprop(SelectionCB):
         gate:float|None=None, # Select only while tau of the scores is above this, as in Katharopoulos & Fleuret, 2018; None: always
         **kwargs
     ):
-        def number(v): return isinstance(v, Real) and not isinstance(v, bool)
-        def whole(v, least): return isinstance(v, Integral) and not isinstance(v, bool) and v>=least
-        def expect(ok, name, v, what):
-            if not ok: raise ValueError(f"{name}={v!r}: expected {what}.")
-        expect(number(beta) and 0<=beta<math.inf, 'beta', beta, 'a number of at least 0 (everything is kept); 1 keeps half')
-        expect(whole(every, 1), 'every', every, 'a whole number of epochs, 1 to score each')
-        expect(number(start) and 0<=start<=1, 'start', start, 'a share of training from 0 to 1')
-        expect(number(end) and start<end<=1, 'end', end, f'a share of training above start={start!r} and up to 1')
-        expect(whole(interrupt, 0), 'interrupt', interrupt, 'a whole number of batches, or 0 to train on none whole')
-        expect(number(scale_factor) and 0<scale_factor<=1, 'scale_factor', scale_factor, 'a factor above 0 and up to 1 (images as they are)')
-        expect(whole(history, 2), 'history', history, 'a whole number of losses of at least 2, such as 1024')
-        expect(gate is None or number(gate) and gate>0, 'gate', gate, 'a threshold of tau above 0, such as 1.4, or None')
-        expect(gate is None or scale_factor==1, 'gate', gate, f'None with scale_factor={scale_factor!r}, since while it is shut there are only scores of the images as they are')
+        check_setting(is_number(beta) and 0<=beta<math.inf, 'beta', beta, 'a number of at least 0 (everything is kept); 1 keeps half')
+        check_setting(is_whole(every, 1), 'every', every, 'a whole number of epochs, 1 to score each')
+        check_setting(is_number(start) and 0<=start<=1, 'start', start, 'a share of training from 0 to 1')
+        check_setting(is_number(end) and start<end<=1, 'end', end, f'a share of training above start={start!r} and up to 1')
+        check_setting(is_whole(interrupt, 0), 'interrupt', interrupt, 'a whole number of batches, or 0 to train on none whole')
+        check_setting(is_number(scale_factor) and 0<scale_factor<=1, 'scale_factor', scale_factor, 'a factor above 0 and up to 1 (images as they are)')
+        check_setting(is_whole(history, 2), 'history', history, 'a whole number of losses of at least 2, such as 1024')
+        check_setting(gate is None or is_number(gate) and gate>0, 'gate', gate, 'a threshold of tau above 0, such as 1.4, or None')
+        check_setting(gate is None or scale_factor==1, 'gate', gate, f'None with scale_factor={scale_factor!r}, since while it is shut there are only scores of the images as they are')
         super().__init__(score=score, seat='batch', seats=('batch',), **kwargs)
         self.beta,self.every,self.start,self.end,self.interrupt,self.scale_factor,self.history,self.gate = beta,every,start,end,interrupt,scale_factor,history,gate
         self._forget()

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['gradient_at', 'svrg_variance', 'SVRG']
 
-# %% ../../nbs/18_callback.svrg.ipynb #ef8a877c
+# %% ../../nbs/18_callback.svrg.ipynb #3566f51c
 from .core import *
 
 from contextlib import contextmanager
 from itertools import islice
-from numbers import Integral, Real
 
 import torch
 from torch import nn, Tensor
@@ -46,7 +45,7 @@ def svrg_variance(
     def var(g): return (g-g.mean(0)).square().sum()
     return var(grads-anchors)/var(grads)
 
-# %% ../../nbs/18_callback.svrg.ipynb #f3693338
+# %% ../../nbs/18_callback.svrg.ipynb #97e761c5
 class SVRG(Callback):
     """Correct each batch's gradient by how far off the batch was at an anchor: `g_b(w) - g_b(anchor) + mu`. Unbiased; costs twice to three times as much.
     Raises a `ValueError` for settings out of range, and before training begins for what it cannot be combined with.
@@ -58,12 +57,9 @@ class SVRG(Callback):
         every:int=1, # Epochs from one anchor to the next
         start:int=1 # Plain epochs before the first anchor
     ):
-        def expect(ok, name, v, what):
-            if not ok: raise ValueError(f"{name}={v!r}: expected {what}.")
-        def number(v, kind): return isinstance(v, kind) and not isinstance(v, bool)
-        expect(number(anchor, Real) and 0<anchor<=1, 'anchor', anchor, 'a share above 0 and up to 1 (SVRG)')
-        expect(number(every, Integral) and every>=1, 'every', every, 'a whole number of epochs from 1')
-        expect(number(start, Integral) and start>=0, 'start', start, 'a whole number of epochs from 0')
+        check_setting(is_number(anchor) and 0<anchor<=1, 'anchor', anchor, 'a share above 0 and up to 1 (SVRG)')
+        check_setting(is_whole(every, 1), 'every', every, 'a whole number of epochs from 1')
+        check_setting(is_whole(start), 'start', start, 'a whole number of epochs from 0')
         self.share,self.every,self.start = anchor,every,start
         self.anchor,self.mu,self.begins,self.drawn = None,None,None,0
         self.counts = dict(forwarded=0, backpropagated=0)
