@@ -64,7 +64,7 @@ def _bce_grad(z, y, weight=None, pos_weight=None, **_):
 
 def _mse_grad(z, y, **_): return 2*(z-y)
 
-# %% ../nbs/01_scores.ipynb #a5f57a7a
+# %% ../nbs/01_scores.ipynb #dc8fb318
 _closed = {nn.CrossEntropyLoss:_ce_grad, F.cross_entropy:_ce_grad, LabelSmoothingCrossEntropy:_smooth_ce_grad,
     nn.BCEWithLogitsLoss:_bce_grad, F.binary_cross_entropy_with_logits:_bce_grad, nn.MSELoss:_mse_grad, F.mse_loss:_mse_grad}
 _ce_like = (_ce_grad, _smooth_ce_grad)
@@ -73,7 +73,9 @@ _settings = 'weight ignore_index label_smoothing eps pos_weight'.split()
 def _closed_grad(loss_func, pred, y):
     "The gradient of each sample's unnormalised loss at `pred`, in closed form, or None where there is no such form"
     axis,flat,f,kw = 1,False,loss_func,{}
-    if isinstance(f, BaseLoss): axis,flat,f = f.axis,f.flatten,f.func
+    if isinstance(f, BaseLoss):
+        if type(f).__call__ is not BaseLoss.__call__: return None # it does something of its own
+        axis,flat,f = f.axis,f.flatten,f.func
     if isinstance(f, partial) and not f.args: f,kw = f.func,f.keywords
     try: rule = _closed.get(f if inspect.isfunction(f) or inspect.isbuiltin(f) else type(f))
     except TypeError: return None

@@ -123,3 +123,33 @@ def test_why_there_are_no_ids():
     assert 'not a fastai DataLoader' in no_ids(torch.utils.data.DataLoader(train))
     assert 'no ids' in no_ids(DataLoader(iter(train), bs=64))
     assert 'no batches' in no_ids(DataLoader(train, bs=None))
+
+# Found in review
+@pytest.mark.parametrize('cb', (lambda: Half(), lambda: ImportanceCB(keep=.5, gate=None)))
+def test_an_epoch_cancelled_before_its_first_batch(cb):
+    "The next one is planned once, from the loader's own order"
+    class Cancel(Callback):
+        order, run_valid = 20, False
+        def before_train(self):
+            if self.epoch == 1: raise CancelTrainException
+    w, learn = Watch(), make_learner()
+    quiet_fit(learn, 4, [cb(), Cancel(), w])
+    assert [len(sum(e, [])) for e in w.ids if e] == [300]*3
+    assert learn.dls.train.bs == 64 and learn.dls.train.n == 600 and 'get_idxs' not in vars(learn.dls.train)
+
+def test_another_loss_has_normalisers_of_its_own():
+    cb, learn = ImportanceCB(keep=.5, gate=1.001, bias=1.), make_learner()
+    quiet_fit(learn, 1, cb)
+    learn.loss_func = CrossEntropyLossFlat(weight=torch.tensor([1., 1, 1, 1, 100.]))
+    plain, ours = Watch(), Watch()
+    quiet_fit(learn, 3, plain, lr=0., fit='fit'), quiet_fit(learn, 6, [cb, ours], lr=0., fit='fit')
+    assert abs(np.mean(ours.grad_losses)/np.mean(plain.grad_losses)-1) < .25
+
+def test_a_loss_that_does_something_of_its_own_is_scored_as_it_is():
+    from fastai_is.scores import _closed_grad, upper_bound
+    class Sharp(CrossEntropyLossFlat):
+        def __call__(self, o, t, **kw): return super().__call__(o*5, t, **kw)
+    z, y = torch.randn(6, 4, requires_grad=True), torch.randint(4, (6,))
+    g, = torch.autograd.grad(F.cross_entropy(5*z, y, reduction='sum'), z)
+    assert torch.allclose(upper_bound(z, y, loss_func=Sharp()), g.norm(dim=1), rtol=1e-4)
+    assert _closed_grad(CrossEntropyLossFlat(), z, y) is not None, 'the others keep their closed form'

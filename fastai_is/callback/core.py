@@ -188,7 +188,7 @@ def check_setting(
     "Raise a `ValueError` for a setting that makes no sense"
     if not ok: raise ValueError(f"{name}={value!r}: expected {what}.")
 
-# %% ../../nbs/10_callback.core.ipynb #42e4eff5
+# %% ../../nbs/10_callback.core.ipynb #8267b09e
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -214,7 +214,7 @@ class SelectionCB(Callback):
         if not (on_select is None or callable(on_select)): raise TypeError(f"on_select={on_select!r}: expected a function `on_select(learn, idxs, weights, scores)`.")
         self.score,self.seat,self.layer,self.on_select = get_score(score),seat,layer,on_select
         self.store,self.recent,self.n_ids,self.fit_state,self.fits = ScoreStore(),None,None,None,0
-        self.normaliser = 0.,0 # sum of the inverse normalisers of whole batches, and their number
+        self.normaliser,self.scaled = (0.,0),None # sum of the inverse normalisers of whole batches and their number, and of which loss function
         self.counts = dict(forwarded=0, backpropagated=0)
 
     # What a method fills in
@@ -244,7 +244,9 @@ class SelectionCB(Callback):
         cbs = [cb for cb in self.learn.cbs if isinstance(cb, SelectionCB)]
         if len(cbs)>1: raise ValueError(f"{cbs[0]} and {cbs[1]} would both select samples: expected one of them, once. Remove the other from the fit or the Learner.")
         check_loss(self.loss_func)
-        n = getattr(self.dls.train, 'n', None)
+        n,loss_func = getattr(self.dls.train, 'n', None),user_loss(self.loss_func)
+        if self.scaled is not None and self.scaled is not loss_func: self.normaliser = 0.,0 # another loss, with other normalisers
+        self.scaled = loss_func
         if self.n_ids not in (None,n): # another data set, with other ids
             self.store.clear()
             self.recent,self.normaliser = None,(0.,0)
@@ -296,6 +298,9 @@ class SelectionCB(Callback):
     def before_train(self):
         s = self.fit_state
         if s is None: return
+        if s.loader: # of an epoch that was cancelled before its first batch
+            s.loader.undo()
+            s.loader = None
         self._remember() # after an epoch that was cut short
         if not any(m is s.metrics[0] for m in self.learn.metrics): self.learn.metrics = self.learn.metrics + s.metrics
         s.trained,s.offered,s.steps,s.ids,s.weights = 0,0,0,None,None
@@ -395,7 +400,7 @@ class SelectionCB(Callback):
             self.learn.xb,self.learn.yb = take(self.xb, sel.idxs, bs),take(self.yb, sel.idxs, bs)
 
     def _enqueue(self, sel, bs):
-        "Chosen samples wait until there is a batch of them, so that its size stays what it was. What is left trains when the fit ends"
+        "Chosen samples wait until there is a batch of them, so that its size stays what it was. What is left trains when the fit ends; of two shapes, the larger part"
         s = self.fit_state
         if sel is None: sel = Selection(torch.arange(bs), torch.ones(bs))
         k,rows = len(sel.idxs),(None if s.rows is None else s.rows[sel.idxs.cpu()])
@@ -405,7 +410,7 @@ class SelectionCB(Callback):
         (old,m),s.queue = s.queue or (None,0),None
         try: part,n = (part,k) if old is None else (join([old,part], [m,k]),m+k)
         except RuntimeError: # rows of another shape, as in texts, cannot be put together
-            if m>1: s.queue,part,n,full = (part,k),old,m,m
+            if m>1 and not (last and k>m): s.queue,part,n,full = (part,k),old,m,m
             else: n = k # a lone row is left out: BatchNorm needs two
         if last: full = max(n, min(2, full)) # whatever is left
         if n<full:

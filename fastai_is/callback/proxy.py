@@ -42,7 +42,7 @@ def tiny_net(
     look = [nn.AdaptiveAvgPool2d(size)] if size else []
     return nn.Sequential(*look, nn.Flatten(), nn.Linear(shape[1:2].numel()*torch.Size(size).numel(), hidden), nn.ReLU(), nn.Linear(hidden, n_out))
 
-# %% ../../nbs/16_callback.proxy.ipynb #ffe9cba4
+# %% ../../nbs/16_callback.proxy.ipynb #30243155
 class ProxyScore(SelectionCB):
     """Train on the best of `pool` batches, chosen by a tiny network that is trained along the way. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is. An epoch has `1/pool` of the steps.
@@ -66,7 +66,7 @@ class ProxyScore(SelectionCB):
         check_setting(is_whole(pool, 1), 'pool', pool, 'a whole number of batches from 1 (keep everything)')
         check_setting(is_number(bias) and 0<=bias<=1, 'bias', bias, 'a number from 0 (unweighted) to 1 (unbiased)')
         check_setting(is_number(smooth) and 0<=smooth<=1, 'smooth', smooth, 'a share from 0 (scores alone) to 1 (uniform)')
-        check_setting(is_number(lr) and lr>0, 'lr', lr, 'a learning rate above 0, such as 0.003')
+        check_setting(is_number(lr) and 0<lr<float('inf'), 'lr', lr, 'a learning rate above 0, such as 0.003')
         check_setting(is_whole(warmup), 'warmup', warmup, 'a whole number of epochs from 0')
         super().__init__(score=score, seat='batch', seats=('batch',), **kwargs)
         self.proxy,self.pool,self.bias,self.smooth,self.lr,self.warmup = proxy,pool,bias,smooth,lr,warmup

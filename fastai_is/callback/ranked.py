@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rank_order', 'OnlineBatchSelection', 'PrioritizedSampling']
 
-# %% ../../nbs/19_callback.ranked.ipynb #d6af291c
+# %% ../../nbs/19_callback.ranked.ipynb #119bbcb1
 from .core import *
 from .epoch import EpochCB
 from ..scores import score_batch
@@ -17,7 +17,7 @@ import numpy as np, torch
 from torch import Tensor
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
-from fastai.torch_core import get_random_states, set_random_states, to_device
+from fastai.torch_core import get_random_states, set_random_states
 
 # %% ../../nbs/19_callback.ranked.ipynb #425be990
 def rank_order(
@@ -28,7 +28,7 @@ def rank_order(
     low = np.argsort(bits.astype(np.uint16), kind='stable').astype(np.int32)
     return torch.from_numpy(low[np.argsort((bits>>16).astype(np.uint16)[low], kind='stable')])
 
-# %% ../../nbs/19_callback.ranked.ipynb #af72f12f
+# %% ../../nbs/19_callback.ranked.ipynb #ff0f54fe
 class OnlineBatchSelection(EpochCB):
     """Draw each epoch with replacement by the rank of the loss, the highest `pressure` times as often as the lowest. Biased towards samples with a high loss;
     `train_loss` is the weighted, unbiased estimate of the mean loss. The first epoch is plain.
@@ -74,6 +74,7 @@ class OnlineBatchSelection(EpochCB):
             dl = self.dl.new(shuffle=False, drop_last=False)
             loader = PlannedLoader(dl, lambda *_: (list(range(dl.n)),dl.bs)) # whatever its own order is
             for b in progress_bar(dl, leave=False) if hasattr(self.learn, 'progress') else dl:
+                b = self.learn._set_device(b)
                 i = getattr(self.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
                 res = score_batch(self.model, self.score, self.loss_func, b[:i], b[i:], layer=self.layer, names=self.fit_state.names,
                     autocast=self._autocast(), after_pred=self._pred)
@@ -84,7 +85,7 @@ class OnlineBatchSelection(EpochCB):
         scores = torch.cat(scores)
         if len(scores)==dl.n: self.store.put(torch.arange(dl.n), scores) # else an item was skipped
 
-# %% ../../nbs/19_callback.ranked.ipynb #e6ab3a6b
+# %% ../../nbs/19_callback.ranked.ipynb #3dad5d9a
 class PrioritizedSampling(EpochCB):
     """Draw each epoch with replacement by priority, with weights to the power `beta`, which rises to 1 in the course of training. Unbiased with `beta=1`;
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `beta` is. The first epoch is plain.
@@ -99,7 +100,7 @@ class PrioritizedSampling(EpochCB):
         **kwargs
     ):
         check_setting(kind in ('proportional','rank'), 'kind', kind, "'proportional' or 'rank'")
-        check_setting(is_number(alpha) and 0<=alpha<math.inf, 'alpha', alpha, 'a number of at least 0, such as 0.6')
+        check_setting(is_number(alpha) and 0<=alpha<=4, 'alpha', alpha, 'a number from 0 to 4 (above, small priorities would round to 0), such as 0.6')
         check_setting(is_number(beta) and 0<=beta<=1, 'beta', beta, 'a number from 0 (unweighted) to 1 (unbiased)')
         check_setting(is_number(eps) and 0<eps<math.inf, 'eps', eps, 'a number above 0, small against the losses, such as 1e-6')
         super().__init__(score=score, **kwargs)

@@ -43,7 +43,7 @@ def shrink(
     if not (isinstance(x, Tensor) and x.is_floating_point() and 3<=x.ndim<=5): return x
     return F.interpolate(x.as_subclass(Tensor), scale_factor=factor, mode=('linear','bilinear','trilinear')[x.ndim-3])
 
-# %% ../../nbs/13_callback.selective.ipynb #a292a457
+# %% ../../nbs/13_callback.selective.ipynb #d02f396c
 class SelectiveBackprop(SelectionCB):
     """Train on each sample with the probability `CDF(score)^beta`, in full batches. Biased towards samples with a high score.
     `train_loss` is the mean over the scoring passes where there are any, so it compares with plain training's.
@@ -71,7 +71,7 @@ class SelectiveBackprop(SelectionCB):
         check_setting(is_whole(interrupt, 0), 'interrupt', interrupt, 'a whole number of batches, or 0 to train on none whole')
         check_setting(is_number(scale_factor) and 0<scale_factor<=1, 'scale_factor', scale_factor, 'a factor above 0 and up to 1 (images as they are)')
         check_setting(is_whole(history, 2), 'history', history, 'a whole number of losses of at least 2, such as 1024')
-        check_setting(gate is None or is_number(gate) and gate>0, 'gate', gate, 'a threshold of tau above 0, such as 1.4, or None')
+        check_setting(gate is None or is_number(gate) and 0<gate<math.inf, 'gate', gate, 'a threshold of tau above 0, such as 1.4, or None')
         check_setting(gate is None or scale_factor==1, 'gate', gate, f'None with scale_factor={scale_factor!r}, since while it is shut there are only scores of the images as they are')
         super().__init__(score=score, seat='batch', seats=('batch',), **kwargs)
         self.beta,self.every,self.start,self.end,self.interrupt,self.scale_factor,self.history,self.gate = beta,every,start,end,interrupt,scale_factor,history,gate

@@ -45,7 +45,7 @@ def svrg_variance(
     def var(g): return (g-g.mean(0)).square().sum()
     return var(grads-anchors)/var(grads)
 
-# %% ../../nbs/18_callback.svrg.ipynb #97e761c5
+# %% ../../nbs/18_callback.svrg.ipynb #000eb7ae
 class SVRG(Callback):
     """Correct each batch's gradient by how far off the batch was at an anchor: `g_b(w) - g_b(anchor) + mu`. Unbiased; costs twice to three times as much.
     Raises a `ValueError` for settings out of range, and before training begins for what it cannot be combined with.
@@ -131,8 +131,9 @@ class SVRG(Callback):
     )->float: # `svrg_variance` at the current weights; None without an anchor
         "How noisy the corrected gradient is now, relative to the plain one. For a look during a fit: costs `2n` gradients that `counts` leaves out"
         if self.mu is None: return
-        rows = []
+        rows,drawn = [],self.drawn
         with self.batches() as batches:
+            self.drawn = drawn # a look must not move the next anchor
             for xb,yb in islice(batches, n):
                 state = get_random_states()
                 for weights in (self.weights(),self.anchor):

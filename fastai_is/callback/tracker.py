@@ -29,7 +29,7 @@ class _Noted(PlannedLoader):
         self.begun = False
         return super().get_idxs()
 
-# %% ../../nbs/15_callback.tracker.ipynb #8c2e7764
+# %% ../../nbs/15_callback.tracker.ipynb #d028552b
 class SampleTracker(Callback):
     """Note each sample's loss, score, and times forwarded and backpropagated, by dataset id and epoch. Selects nothing and changes nothing.
     Epochs are counted on from fit to fit; one that was cut short is an epoch. Raises a `ValueError` before training where batches have no ids,
@@ -79,6 +79,9 @@ class SampleTracker(Callback):
         s = self.fit_state
         if s is None: return
         self._read() # an epoch that was cut short
+        if s.loader: # or one that was cancelled before its first batch
+            s.loader.undo()
+            s.loader = None
         self._check(self.dl) # `DistributedTrainer` has replaced it since `before_fit`
         if s.alone: s.src.ids,s.loader = None,_Noted(self.dl, self._plan)
 
