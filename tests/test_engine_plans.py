@@ -137,14 +137,6 @@ def test_an_epoch_cancelled_before_its_first_batch(cb):
     assert [len(sum(e, [])) for e in w.ids if e] == [300]*3
     assert learn.dls.train.bs == 64 and learn.dls.train.n == 600 and 'get_idxs' not in vars(learn.dls.train)
 
-def test_another_loss_has_normalisers_of_its_own():
-    cb, learn = ImportanceCB(keep=.5, gate=1.001, bias=1.), make_learner()
-    quiet_fit(learn, 1, cb)
-    learn.loss_func = CrossEntropyLossFlat(weight=torch.tensor([1., 1, 1, 1, 100.]))
-    plain, ours = Watch(), Watch()
-    quiet_fit(learn, 3, plain, lr=0., fit='fit'), quiet_fit(learn, 6, [cb, ours], lr=0., fit='fit')
-    assert abs(np.mean(ours.grad_losses)/np.mean(plain.grad_losses)-1) < .25
-
 def test_a_loss_that_does_something_of_its_own_is_scored_as_it_is():
     from fastai_is.scores import _closed_grad, upper_bound
     class Sharp(CrossEntropyLossFlat):

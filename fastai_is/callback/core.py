@@ -188,7 +188,7 @@ def check_setting(
     "Raise a `ValueError` for a setting that makes no sense"
     if not ok: raise ValueError(f"{name}={value!r}: expected {what}.")
 
-# %% ../../nbs/10_callback.core.ipynb #8267b09e
+# %% ../../nbs/10_callback.core.ipynb #e9444903
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -214,7 +214,7 @@ class SelectionCB(Callback):
         if not (on_select is None or callable(on_select)): raise TypeError(f"on_select={on_select!r}: expected a function `on_select(learn, idxs, weights, scores)`.")
         self.score,self.seat,self.layer,self.on_select = get_score(score),seat,layer,on_select
         self.store,self.recent,self.n_ids,self.fit_state,self.fits = ScoreStore(),None,None,None,0
-        self.normaliser,self.scaled = (0.,0),None # sum of the inverse normalisers of whole batches and their number, and of which loss function
+        self.normaliser = 0.,0 # sum of the inverse normalisers of whole batches, and their number
         self.counts = dict(forwarded=0, backpropagated=0)
 
     # What a method fills in
@@ -244,9 +244,7 @@ class SelectionCB(Callback):
         cbs = [cb for cb in self.learn.cbs if isinstance(cb, SelectionCB)]
         if len(cbs)>1: raise ValueError(f"{cbs[0]} and {cbs[1]} would both select samples: expected one of them, once. Remove the other from the fit or the Learner.")
         check_loss(self.loss_func)
-        n,loss_func = getattr(self.dls.train, 'n', None),user_loss(self.loss_func)
-        if self.scaled is not None and self.scaled is not loss_func: self.normaliser = 0.,0 # another loss, with other normalisers
-        self.scaled = loss_func
+        n = getattr(self.dls.train, 'n', None)
         if self.n_ids not in (None,n): # another data set, with other ids
             self.store.clear()
             self.recent,self.normaliser = None,(0.,0)
