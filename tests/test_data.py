@@ -49,7 +49,7 @@ def home(tmp_path, monkeypatch):
 def sample(): return data._mnist_sample()
 
 @pytest.fixture
-def dls(sample): return tensor_dls(*sample, data._mnist_stats, n=300, device="cpu")
+def dls(sample): return tensor_dls(*sample, data.mnist_stats, n=300, device="cpu")
 
 def toy(n=23, c=3):
     "Images of 2 by 2 pixels that all have the image's id as their value."
@@ -135,11 +135,19 @@ def test_n_and_new():
     other = dl.new(bs=20, shuffle=True)
     assert isinstance(other, TensorDL) and [len(y) for _,y in other] == [20,3]
 
+def test_sample_whatever_else_there_is(sample, monkeypatch, tmp_path):
+    "`mnist_sample` asks neither the environment nor the network."
+    monkeypatch.setenv("FASTAI_IS_DATA", str(tmp_path/"nowhere"))
+    monkeypatch.setattr(data, "_find_mnist", None)
+    dls = data.mnist_sample(n=300, bs=10, device="cpu")
+    ours = sample[0].subset(data.balanced_ids(sample[0].y, 300))
+    assert torch.equal(dls.train_ds.ids, ours.ids) and len(dls.valid_ds) == 2000 and dls.bs == 10
+
 def test_same_as_one_by_one(sample):
     "The slow way, which an item transform asks for, gives the very same batches."
     seen = []
     def look(x:TensorImage): return seen.append(1) or x
-    fast = tensor_dls(*sample, data._mnist_stats, n=50, bs=16, shuffle=False, device="cpu")
+    fast = tensor_dls(*sample, data.mnist_stats, n=50, bs=16, shuffle=False, device="cpu")
     slow = fast.train.new(after_item=[Transform(look)])
     for (xf,yf),(xs,ys) in zip(fast.train, slow, strict=True):
         assert torch.equal(xf, xs) and torch.equal(yf, ys) and type(xf) is type(xs) and type(yf) is type(ys)
@@ -222,7 +230,7 @@ def test_batch_tfms(sample):
         def encodes(self, x:TensorImage):
             seen.append((x.dtype, float(x.max())))
             return x.roll(1, -1)
-    def dls(tfms): return tensor_dls(*sample, data._mnist_stats, n=50, bs=50, shuffle=False, batch_tfms=tfms, device="cpu")
+    def dls(tfms): return tensor_dls(*sample, data.mnist_stats, n=50, bs=50, shuffle=False, batch_tfms=tfms, device="cpu")
     plain,shifted = dls(None),dls([Shift()])
     assert torch.equal(shifted.train.one_batch()[0], plain.train.one_batch()[0].roll(1, -1))
     assert torch.equal(shifted.valid.one_batch()[0], plain.valid.one_batch()[0])
@@ -230,7 +238,7 @@ def test_batch_tfms(sample):
 
 def test_device(sample):
     "Bytes, and what normalises them, go to the device: `meta` stands in for a GPU."
-    dls = tensor_dls(*sample, data._mnist_stats, n=50, bs=50, device="meta")
+    dls = tensor_dls(*sample, data.mnist_stats, n=50, bs=50, device="meta")
     assert all(o.device.type == "meta" for dl in dls for o in dl.one_batch())
 
 def test_same_data_set_twice():

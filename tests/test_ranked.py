@@ -283,7 +283,7 @@ def test_broken_and_zero_losses_mean_uniform(method, bad):
     (lambda: OnlineBatchSelection(100), 'pressure=100'), (lambda: OnlineBatchSelection((100, .5)), 'pressure=(100, 0.5)'), (lambda: OnlineBatchSelection((100,)), 'pressure=(100,)'),
     (lambda: OnlineBatchSelection((float('inf'), 1)), 'pressure=(inf, 1)'), (lambda: OnlineBatchSelection(recompute=-1), 'recompute=-1'),
     (lambda: OnlineBatchSelection(recompute=.5), 'recompute=0.5'), (lambda: OnlineBatchSelection(recompute=True), 'recompute=True'),
-    (lambda: PrioritizedSampling('greedy'), "kind='greedy'"), (lambda: PrioritizedSampling(alpha=-1), 'alpha=-1'), (lambda: PrioritizedSampling(alpha=5), 'alpha=5'),
+    (lambda: PrioritizedSampling('greedy'), "kind='greedy'"), (lambda: PrioritizedSampling(alpha=-1), 'alpha=-1'), (lambda: PrioritizedSampling(alpha=5), 'alpha=5'), (lambda: PrioritizedSampling(alpha=float('inf')), 'alpha=inf'),
     (lambda: PrioritizedSampling(beta=1.5), 'beta=1.5'), (lambda: PrioritizedSampling(beta=None), 'beta=None'), (lambda: PrioritizedSampling(eps=0), 'eps=0'),
     (lambda: OnlineBatchSelection(score='gradient'), "score='gradient'")))
 def test_bad_values(make, words):
