@@ -6,17 +6,18 @@
 __all__ = ['is_full', 'size', 'machine', 'sweep', 'spread', 'Snapshots', 'TimeBudget', 'fit_for', 'cost_at', 'find_notebooks',
            'run_notebooks']
 
-# %% ../nbs/25_analysis.ipynb #8c0d5248
+# %% ../nbs/25_analysis.ipynb #218c700f
 import os, platform, time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from torch import nn
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from fastai.callback.schedule import combined_cos
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
+from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 from .callback.core import SelectionCB
 
@@ -41,7 +42,7 @@ def machine()->str: # One line
     return (f'{cpu}{gpu}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; '
             f"{'full' if is_full() else 'small'} run")
 
-# %% ../nbs/25_analysis.ipynb #4cba6ae6
+# %% ../nbs/25_analysis.ipynb #b8950b0e
 def sweep(
     fit:Callable, # `fit(method, seed)`, which returns a dictionary or a list of them: the rows of the result
     methods, # What to go through, such as names
@@ -64,7 +65,8 @@ def spread(
     cols = [c for c in res.select_dtypes('number') if c not in by+['seed']]
     g = res.groupby(by, sort=False)[cols]
     m,s = g.mean(),g.std(ddof=1)
-    return pd.DataFrame({c:[f'{a:.{digits}f} ± {b:.{digits}f}' for a,b in zip(m[c], s[c])] for c in cols}, index=m.index)
+    def say(a, b): return f'{a:.{digits}f}' + ('' if np.isnan(b) else f' ± {b:.{digits}f}') # one seed has no deviation
+    return pd.DataFrame({c:[say(*o) for o in zip(m[c], s[c])] for c in cols}, index=m.index)
 
 # %% ../nbs/25_analysis.ipynb #0cb7f1bf
 class Snapshots(Callback):
@@ -90,35 +92,40 @@ class Snapshots(Callback):
         finally: learn.model.load_state_dict(now)
         return res
 
-# %% ../nbs/25_analysis.ipynb #8f34490a
+# %% ../nbs/25_analysis.ipynb #7c4bce2f
 class TimeBudget(Callback):
-    "Train for a number of seconds, with the learning rate decayed in them; `rows` holds what was reached when"
+    "Train for a number of seconds, with the learning rate decayed in them; `rows` holds what was reached when. Raises a `ValueError` for a budget that is none"
     order,run_valid = SelectionCB.order-1,False # after `TrainEvalCallback`, which sets the share of training done, and before selection
     def __init__(self,
         seconds:float, # Seconds of training, evaluation not counted
         lr:float, # Peak learning rate
         evals:int=5, # How often to evaluate: at equal distances, the last time at the end
-        pct_start:float=.25 # Share of the seconds in which the learning rate rises
+        pct_start:float=.25, # Share of the seconds in which the learning rate rises
+        clock:Callable=time.perf_counter # Tells the seconds
     ):
         if not seconds>0: raise ValueError(f"seconds={seconds!r}: expected more than 0.")
         if evals<1: raise ValueError(f"evals={evals!r}: expected at least 1.")
-        self.seconds,self.lr,self.evals = seconds,lr,evals
+        self.seconds,self.lr,self.evals,self.clock = seconds,lr,evals,clock
         self.sched = combined_cos(pct_start, lr/25, lr, lr/1e5)
     def before_fit(self): self.rows,self.spent,self.steps = [],0.,0
-    def before_train(self): self.start = time.perf_counter()
-    def after_train(self): self.spent += time.perf_counter()-self.start
+    def before_train(self):
+        self.start = self.clock()
+        self.learn.pct_train = min(1., self.spent/self.seconds)
+        if self.spent: self.learn.n_epoch = self.epoch+max(1, round(self.epoch*(self.seconds/self.spent-1)))
+    def after_train(self): self.spent += self.clock()-self.start
     def before_batch(self):
-        now = time.perf_counter()
+        now = self.clock()
         done = min(1., (self.spent+now-self.start)/self.seconds)
         if done>=(len(self.rows)+1)/self.evals:
             self.rows.append(dict(seconds=done*self.seconds, epochs=self.epoch+self.iter/self.n_iter, steps=self.steps, **self.evaluate()))
-            self.start += time.perf_counter()-now
+            self.start += self.clock()-now
         if done==1: raise CancelFitException()
         self.steps += 1
         self.learn.pct_train = done
         for h in self.opt.hypers: h['lr'] = self.sched(done)
+    def before_validate(self): raise CancelValidException() # `evaluate` does it
     def evaluate(self):
-        "Mean loss and accuracy on the validation set, and what selection has cost"
+        "Mean loss and accuracy on the validation set, and how many samples went forwards and backwards"
         was = [m for m in self.model.modules() if m.training]
         self.model.eval()
         n = hit = total = 0
@@ -127,22 +134,20 @@ class TimeBudget(Callback):
                 pred = self.model(*xb)
                 n,hit,total = n+len(yb),hit+(pred.argmax(1)==yb).sum().item(),total+self.learn.loss_func(pred, yb).item()*len(yb)
         for m in was: m.training = True
-        cb = next((cb for cb in self.learn.cbs if isinstance(cb, SelectionCB)), None)
-        return dict(accuracy=100*hit/n, valid_loss=total/n, **(cb.counts if cb else {}))
+        plain = dict.fromkeys(('forwarded','backpropagated'), self.steps*self.dls.bs)
+        return dict(accuracy=100*hit/n, valid_loss=total/n, **next((cb.counts for cb in self.learn.cbs if 'counts' in vars(cb)), plain))
 
+@delegates(TimeBudget, but=['seconds','lr'])
 def fit_for(
     learn:Learner, # What to train, not trained yet
     seconds:float, # Seconds of training
     lr:float, # Peak learning rate
     cbs=(), # The method: callbacks for this fit
-    evals:int=5 # How often to evaluate
-)->list: # Dictionaries: seconds, epochs, steps, accuracy (%), valid_loss, ...
+    **kwargs
+)->list: # Dictionaries: seconds, epochs, steps, accuracy (%), valid_loss, forwarded, backpropagated
     "Train for as long as the budget lasts"
-    budget = TimeBudget(seconds, lr, evals)
-    learn._do_epoch_validate = lambda *a,**k: None # `TimeBudget` evaluates
-    try:
-        with learn.no_bar(), learn.no_logging(): learn.fit(100_000, lr, cbs=[budget,*cbs])
-    finally: del learn._do_epoch_validate
+    budget = TimeBudget(seconds, lr, **kwargs)
+    with learn.no_bar(), learn.no_logging(): learn.fit(100_000, lr, cbs=[budget,*cbs])
     return budget.rows
 
 # %% ../nbs/25_analysis.ipynb #1c14a85b
