@@ -1,0 +1,348 @@
+"""Our steps, epochs and gradient norms beside those of other packages, at the same share kept, measured alternately in one process.
+
+    python benchmarks/rivals.py --out benchmarks/results
+
+1. A step that scores a batch of 128 and trains on a third of it: `ImportanceCB` and our `BatchLossFilter` in the batch seat, tsai's
+   `BatchLossFilter`, Composer's `select_using_loss` called from a fastai callback, and the ideal: the same two passes written by hand, without
+   fastai (a) and in a fastai callback of six lines (b). Ours is to be no slower than a rival's, and at most 1.05 of the ideal (a).
+2. An epoch of `ImportanceCB` in the epoch seat at a third, beside an epoch of tsai's and of Composer's, from tensors as they come, with
+   augmentation on top, and from JPEG that is decoded image by image; and beside an epoch of datacull's RCAP, in a plain PyTorch loop with its own
+   loader. tsai's and Composer's are to take at least twice as long as ours. From tensors as they come, they cannot where a forward pass is less
+   than a third of a step: they do it on everything and then train on a third, we do the latter. The ideal's row shows what any form would take.
+3. The norm of each sample's gradient: `grad_norms` beside Opacus's ghost norms, once by `backward()` as its README has it, and once, kinder than
+   any documented use, without computing the gradients of the parameters. Ours is to be no slower than either.
+
+Each on a small convnet with BatchNorm and on one without. How many samples each way trains on is checked in every round, and that norms agree
+before the first. A rival that is not there is listed with the reason, and all others are measured. So that each keeps exactly 43 of 128:
+
+- tsai's filter keeps the largest losses up to a share of their sum, so its number depends on the losses. Its scoring pass is handed
+  `1 + loss/100,000`, which has the order of the losses and makes shares of the sum shares of the samples. The step that follows trains on the
+  loss itself.
+- Composer's form takes a share of samples; by default every second batch is left whole, which is switched off.
+- datacull's `pruning_rate` is documented as the share to remove, but 1.0.2 *keeps* that share. It is given the share to keep, and rounds up in
+  each class.
+- Opacus takes no BatchNorm that is trained. There, BatchNorm's own parameters are frozen for both; a further row has ours with them.
+
+tsai and Composer score in training mode (so that BatchNorm's running statistics see each batch twice), ours and the ideal in evaluation mode.
+
+Install the rivals in an environment of their own that has fastai_is. tsai asks for an older scikit-learn and Composer for older releases of torch,
+NumPy and Pillow, but what is measured here runs with newer ones, so that all have the same torch. `pip` warns of the pins, and no more:
+
+    pip install opacus datacull
+    pip install --no-deps tsai mosaicml mosaicml-cli==0.7.5
+    pip install py-cpuinfo 'torchmetrics<1.7.5' 'torch_optimizer<0.4' coolname tabulate 'importlib-metadata<9' \\
+        backoff 'gql<4' argcomplete ruamel.yaml termcolor validators 'questionary<2.1' rich protobuf psutil
+"""
+import argparse, io, platform, tempfile, time, warnings
+from copy import deepcopy
+from importlib import metadata
+from pathlib import Path
+
+import fastai, numpy as np, torch
+from fastai.vision.all import *
+from fastai_is.all import *
+from fastai_is.gradnorm import grad_norms
+
+ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+ap.add_argument('--rounds', type=int, default=15)
+ap.add_argument('--steps', type=int, default=20, help='batches in an epoch')
+ap.add_argument('--widths', type=int, nargs='+', default=(24,48,96,128), help='channels of each convolution')
+ap.add_argument('--out', type=Path, default=None)
+ap.add_argument('--note', default='', help='what else ran on the machine')
+args = ap.parse_args()
+BS,K = 128,43
+device = default_device()
+
+# What is there
+
+rivals,missing = {},{}
+def rival(package, what):
+    "Decorator: call a function that imports and returns parts of `package`, and note its version or why it is not there"
+    def deco(f):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore') # rivals warn of what they import
+                rivals[package] = metadata.version(package),what,f()
+        except Exception as e: missing[package] = what,f'{type(e).__name__}: {e}'.splitlines()[0]
+    return deco
+
+@rival('tsai', '`BatchLossFilter`, a callback')
+def _():
+    from tsai.callback.experimental import BatchLossFilter
+    return BatchLossFilter
+@rival('mosaicml', 'Composer, `select_using_loss` and `should_selective_backprop`')
+def _():
+    from composer.algorithms.selective_backprop import select_using_loss, should_selective_backprop
+    return select_using_loss,should_selective_backprop
+@rival('opacus', '`GradSampleModuleFastGradientClipping`, ghost norms')
+def _():
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+    return GradSampleModuleFastGradientClipping
+@rival('datacull', '`RCAPDataLoader`, pruning by epoch')
+def _():
+    import datacull
+    return datacull
+def get(package): return rivals[package][2] if package in rivals else None
+
+# Networks and data
+
+def convnet(norm):
+    "The demo's small convnet, with BatchNorm or without"
+    widths = tuple(args.widths)
+    convs = [ConvLayer(i, o, stride=2 if n else 1, norm_type=NormType.Batch if norm else None) for n,(i,o) in enumerate(zip((1,)+widths, widths))]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(widths[-1], 10)).to(device)
+nets = {'BatchNorm':True, 'no BatchNorm':False}
+def jpegs():
+    "The same digits as JPEG in memory, each opened and decoded when it is asked for, as `ImageBlock` does"
+    def encode(x):
+        f = io.BytesIO()
+        PILImageBW.create(x[0].numpy()).save(f, 'jpeg')
+        return f.getvalue()
+    ds = mnist(n=BS*args.steps).train_ds
+    files,labels = [encode(x) for x in ds.x],ds.y.tolist()
+    opened = [lambda i: PILImageBW.create(io.BytesIO(files[i])), ToTensor()]
+    dsets = Datasets(range_of(files), [opened,[lambda i: TensorCategory(labels[i])]], splits=[range_of(files),range(BS)])
+    return dsets.dataloaders(bs=BS, after_batch=[IntToFloatTensor(),Normalize.from_stats(*mnist_stats, cuda=False)], num_workers=0, device=device)
+loaders = {'as they come':mnist(n=BS*args.steps, bs=BS), 'augmented':mnist(n=BS*args.steps, bs=BS, batch_tfms=aug_transforms(do_flip=False)),
+    'decoded from JPEG':jpegs()}
+
+def clock():
+    if device.type=='cuda': torch.cuda.synchronize()
+    return time.perf_counter()
+
+class Timing(Callback):
+    "Seconds of each step, loading included, and of the epoch's training part; how many samples each step trained on"
+    order,run_valid = -50,False
+    def before_fit(self): self.steps,self.sizes = [],[]
+    def before_train(self): self.t0 = self.t = clock()
+    def after_batch(self):
+        now = clock()
+        self.steps.append(now-self.t)
+        self.sizes.append(len(self.y))
+        self.t = now
+    def after_train(self): self.epoch_seconds = clock()-self.t0
+    def result(self): return np.median(self.steps[1:]),self.epoch_seconds,self.sizes # the first step of an epoch starts the loader
+
+# The ways to train on a third. Each is a function that trains for an epoch and returns (seconds of a step, of the epoch, sizes of the batches)
+
+def in_fastai(norm, dls, cb=None, loss=None):
+    set_seed(0)
+    log = Timing()
+    learn = Learner(dls, convnet(norm), loss_func=loss or CrossEntropyLossFlat(), cbs=[log]+([cb] if cb else []))
+    learn._do_epoch_validate = lambda *a, **k: None
+    def f():
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        return log.result()
+    return f
+
+class Levelled(CrossEntropyLossFlat):
+    "Nearly the same for each sample, in the order of the losses, where losses of samples are asked for"
+    def __call__(self, inp, targ):
+        res = super().__call__(inp, targ)
+        return 1+1e-5*res if self.reduction=='none' else res
+
+class ComposerStep(Callback):
+    "Composer's functional form before each step. It is handed plain tensors, which are faster than fastai's"
+    order,run_valid = SelectionCB.order,False
+    def before_batch(self):
+        select,should = get('mosaicml')
+        if not should(self.pct_train, self.iter, start=0., end=1., interrupt=0): return
+        x,y = select(self.x.as_subclass(Tensor), self.y.as_subclass(Tensor), self.model, F.cross_entropy, keep=K/BS)
+        self.learn.xb,self.learn.yb = (x,),(y,)
+
+def best_of(model, x, y):
+    "Forward on everything, and the part with the highest loss"
+    model.eval()
+    with torch.no_grad(): idxs = F.cross_entropy(model(x), y, reduction='none').topk(K).indices
+    model.train()
+    return x[idxs],y[idxs]
+
+class IdealStep(Callback):
+    "Those two passes and nothing else"
+    order,run_valid = SelectionCB.order,False
+    def before_batch(self):
+        x,y = best_of(self.model, self.x.as_subclass(Tensor), self.y.as_subclass(Tensor))
+        self.learn.xb,self.learn.yb = (x,),(y,)
+
+def by_hand(norm, dls):
+    "The same without fastai, but for its loader"
+    set_seed(0)
+    model = convnet(norm)
+    opt = torch.optim.AdamW(model.parameters())
+    def f():
+        steps,sizes = [],[]
+        t0 = t = clock()
+        for x,y in dls.train:
+            x,y = best_of(model, x.as_subclass(Tensor), y.as_subclass(Tensor))
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+            now = clock()
+            steps.append(now-t)
+            sizes.append(len(y))
+            t = now
+        return np.median(steps[1:]),clock()-t0,sizes
+    return f
+
+def with_datacull(norm, dls, folder):
+    "RCAP as datacull's README has it, with images that are normalised beforehand"
+    dc,ds = get('datacull'),dls.train.dataset
+    x,y = (torch.cat([b[i].as_subclass(Tensor).cpu() for b in dls.train.new(shuffle=False, drop_last=False)]) for i in range(2))
+    class Images(torch.utils.data.TensorDataset): targets = y.numpy()
+    set_seed(0)
+    model,data,log = convnet(norm),dc.DCDataset(Images(x, y)),dc.DCLogger(f'{folder}/')
+    opt,score = torch.optim.AdamW(model.parameters()),dc.RCAPImportance(data, log, beta=1.)
+    loader,epochs = dc.RCAPDataLoader(data, pruning_rate=K/BS, batch_size=BS),[]
+    def f():
+        sizes = []
+        t = clock()
+        loader.resample(score.compute_importance())
+        for x,y,ids in loader:
+            x,y = x.to(device),y.to(device)
+            losses = F.cross_entropy(model(x), y, reduction='none')
+            losses.mean().backward()
+            opt.step()
+            opt.zero_grad()
+            log.log_metric(len(epochs), ids, losses.detach())
+            sizes.append(len(y))
+        epochs.append(clock()-t)
+        return np.nan,epochs[-1],sizes
+    return f
+
+OURS,BLF,TSAI,COMPOSER,HAND,HAND_FASTAI = 'ImportanceCB','our BatchLossFilter','tsai','Composer','ideal (a), by hand','ideal (b), by hand in fastai'
+EPOCH,DATACULL,PLAIN = 'ImportanceCB, epoch seat','datacull RCAP','plain fastai'
+
+def batch_ways(norm, dls):
+    ways = {HAND:by_hand(norm, dls), HAND_FASTAI:in_fastai(norm, dls, IdealStep()),
+        OURS:in_fastai(norm, dls, ImportanceCB(keep=K/BS, seat='batch', gate=None)),
+        BLF:in_fastai(norm, dls, BatchLossFilter(0., min_sample_perc=K/BS, gate=None))}
+    if get('tsai'): ways[TSAI] = in_fastai(norm, dls, get('tsai')(loss_perc=(K+.5)/BS), Levelled())
+    if get('mosaicml'): ways[COMPOSER] = in_fastai(norm, dls, ComposerStep())
+    return {**ways, PLAIN:in_fastai(norm, dls)}
+
+def right(name, sizes):
+    "Does this way train on as many samples as it should?"
+    n,k = BS*args.steps,K*args.steps
+    if name==PLAIN: return sizes==[BS]*args.steps
+    if name==DATACULL: return k<=sum(sizes)<=k+10 # rounded up in each of ten classes
+    return sizes==[K]*args.steps
+
+# Measuring
+
+def alternate(ways, which, check=True):
+    "Seconds `[rounds]` of each way; `which` of the results. Another way begins each round, so that none always follows the same one"
+    names,res = list(ways),{k:[] for k in ways}
+    for r in range(-2, args.rounds): # two rounds to warm up
+        for k in names[r%len(names):]+names[:r%len(names)]:
+            out = ways[k]()
+            if check and not right(k, out[2]): raise RuntimeError(f'{k} trained on batches of {out[2]}, which is not what is to be compared')
+            if r>=0: res[k].append(out[which])
+    return {k:np.array(v) for k,v in res.items()}
+
+lines,targets = [],[]
+def say(s=''): lines.append(s); print(s, flush=True)
+def head(*cols): say('\n| '+' | '.join(cols)+' |'); say('|'+'---|'*len(cols))
+def row(*cols): say('| '+' | '.join(cols)+' |')
+def ratio(a, b):
+    "Median and quartiles over the rounds of the ratio within a round"
+    lo,mid,hi = np.percentile(a/b, (25,50,75))
+    return f'{mid:.3f} ({lo:.3f} to {hi:.3f})'
+def target(what, a, b, most=None, least=None):
+    m = np.median(a/b)
+    targets.append((what, f'at most {most:g}' if most else f'at least {least:g}', ratio(a, b), 'yes' if (m<=most if most else m>=least) else 'no'))
+
+info = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
+cpu = next((l.split(':')[1].strip() for l in info if l.startswith('model name')), platform.processor() or platform.machine())
+where = torch.cuda.get_device_name() if device.type=='cuda' else f'{cpu}, {torch.get_num_threads()} threads'
+say(f'# Beside other packages\n\n`python benchmarks/rivals.py`; {where}; Python {platform.python_version()}, torch {torch.__version__}, '
+    f'fastai {fastai.__version__}. Medians over {args.rounds} rounds of {args.steps} batches of {BS} MNIST digits, {K} of each kept, '
+    f'channels {tuple(args.widths)}; all ways in turn in one process. A ratio is the median over rounds of the ratio within a round, '
+    f'with quartiles. {args.note}'.strip())
+head('package', 'version', 'measured')
+for k,(v,what,_) in rivals.items(): row(k, v, what)
+for k,(what,why) in missing.items(): row(k, 'not measured', f'{what}: {why}')
+
+say('\n## 1. A step at a third, in the batch')
+seconds = {}
+for net,norm in nets.items():
+    seconds[net] = ts = alternate(batch_ways(norm, loaders['as they come']), 0)
+    head(net, 'ms', 'over ideal (a)', 'ImportanceCB over it')
+    for k,t in ts.items(): row(k, f'{1e3*np.median(t):.2f}', ratio(t, ts[HAND]), ratio(ts[OURS], t))
+    for k in (TSAI,COMPOSER):
+        if k in ts:
+            target(f'step of ImportanceCB over {k}, {net}', ts[OURS], ts[k], most=1)
+            target(f'step of our BatchLossFilter over {k}, {net}', ts[BLF], ts[k], most=1)
+    target(f'step of ImportanceCB over ideal (a), {net}', ts[OURS], ts[HAND], most=1.05)
+
+say('\n## 2. An epoch at a third')
+for kind,dls in loaders.items():
+    for net,norm in nets.items():
+        with tempfile.TemporaryDirectory() as folder:
+            ways = {EPOCH:in_fastai(norm, dls, ImportanceCB(keep=K/BS, gate=None))}
+            ways.update({k:f for k,f in batch_ways(norm, dls).items() if k in (HAND,TSAI,COMPOSER,PLAIN)})
+            if get('datacull') and kind=='as they come': ways[DATACULL] = with_datacull(norm, dls, folder)
+            ts = alternate(ways, 1)
+        head(f'{net}, batches {kind}', 'ms', 'over our epoch seat', 'over plain fastai')
+        for k,t in ts.items(): row(k, f'{1e3*np.median(t):.1f}', ratio(t, ts[EPOCH]), ratio(t, ts[PLAIN]))
+        for k in (TSAI,COMPOSER):
+            if k in ts: target(f'epoch of {k} over our epoch seat, {net}, batches {kind}', ts[k], ts[EPOCH], least=2)
+
+say("\n## 3. Norms of samples' gradients")
+def ghost(model, x, y, kind):
+    "Opacus's norms. Its hooks work in training mode only, which BatchNorm is kept out of"
+    model = get('opacus')(deepcopy(model).train())
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): m.eval()
+    ps = list(model.parameters())
+    if kind: x = x.clone().requires_grad_()
+    def f():
+        for p in ps: p.grad = None
+        t = clock()
+        loss = F.cross_entropy(model(x), y)
+        if kind: torch.autograd.grad(loss, x)
+        else: loss.backward()
+        norms = model.get_norm_sample()
+        return clock()-t,norms
+    return f
+def ours(model, x, y):
+    model = deepcopy(model).eval()
+    loss = nn.CrossEntropyLoss()
+    def f():
+        t = clock()
+        norms = grad_norms(model, loss, x, y)
+        return clock()-t,norms
+    return f
+def plain_pass(model, x, y):
+    model = deepcopy(model).eval()
+    def f():
+        for p in model.parameters(): p.grad = None
+        t = clock()
+        F.cross_entropy(model(x), y).backward()
+        return clock()-t,None
+    return f
+x,y = (o.as_subclass(Tensor) for o in loaders['as they come'].one_batch())
+for net,norm in nets.items():
+    set_seed(0)
+    model = convnet(norm)
+    with torch.no_grad(): model(x) # in training mode: running statistics that are not those of no data
+    ways = {}
+    if norm: ways["grad_norms, with BatchNorm's parameters"] = ours(model, x, y)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): m.requires_grad_(False)
+    ways = {'grad_norms':ours(model, x, y), **ways, 'plain forward and backward':plain_pass(model, x, y)}
+    if get('opacus'):
+        ways['Opacus, by backward()'],ways["Opacus, without the parameters' gradients"] = (ghost(model, x, y, kind) for kind in (False,True))
+        for k in list(ways)[-2:]: torch.testing.assert_close(ways[k]()[1], ways['grad_norms']()[1], rtol=1e-3, atol=1e-6)
+    many = {k:lambda f=f: (np.median([f()[0] for _ in range(args.steps)]),) for k,f in ways.items()}
+    ts = alternate(many, 0, check=False)
+    head(net, 'ms', 'grad_norms over it')
+    for k,t in ts.items(): row(k, f'{1e3*np.median(t):.2f}', ratio(ts['grad_norms'], t))
+    for k in ts:
+        if 'Opacus' in k: target(f'grad_norms over {k}, {net}', ts['grad_norms'], ts[k], most=1)
+
+say('\n## Targets')
+head('', 'wanted', 'measured', 'met')
+for t in targets: row(*t)
+if args.out:
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out/'rivals.md').write_text('\n'.join(lines)+'\n')
