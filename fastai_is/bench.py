@@ -68,14 +68,15 @@ def _images(data, model, lr, n, n_valid, tfms=None):
         if n_valid is None: return res
         valid = res.valid_ds.subset(balanced_ids(res.valid_ds.y, n_valid))
         return DataLoaders(res.train, res.valid.new(valid), device=res.device)
-    return Problem(dls(128).train_ds.name, model.__name__, lambda bs: Learner(dls(bs), model(), metrics=accuracy), lr)
+    def learner(bs): return Learner(dls(bs), model().to(memory_format=torch.channels_last), metrics=accuracy) # faster, also on a CPU
+    return Problem(dls(128).train_ds.name, model.__name__, learner, lr)
 
 def mnist_problem(
     n:int|None=None, # Training digits, class-balanced; all when None
     n_valid:int|None=None # Validation digits; all when None
 )->Problem:
     "MNIST and `small_convnet`. Raises a `ValueError` for a number of digits that there are not"
-    return _images(mnist, small_convnet, 8e-3, n, n_valid)
+    return _images(mnist, small_convnet, 1.6e-2, n, n_valid)
 
 def cifar10_problem(
     n:int|None=None, # Training images, class-balanced; all when None
