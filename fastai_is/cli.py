@@ -6,7 +6,7 @@
 __all__ = ['parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #05d8015a
-import argparse, shlex, sys
+import argparse, shlex, sys, time
 import fastai_is
 
 # %% ../nbs/30_cli.ipynb #a3da8bf4
@@ -35,6 +35,7 @@ def parser()->argparse.ArgumentParser:
     b.add_argument('--seeds', type=int, default=5, help='how many seeds')
     b.add_argument('--n', type=int, default=None, help='training samples; by default all')
     b.add_argument('--out', default='bench', help='folder for the results')
+    b.add_argument('--processor-time', action='store_true', help='seconds of processor time, for a machine that does other things beside; with one thread and no workers')
     b.add_argument('--quick', action='store_true', help='a smoke test: few samples, two short budgets, two seeds')
     n = sub.add_parser('notebooks', help='run the analysis notebooks', description='Execute the notebooks of nbs/analysis in place, small or in full.')
     n.add_argument('names', nargs='*', help='numbers of the notebooks, such as 50 52; all when none is named')
@@ -52,8 +53,9 @@ def main(
         import matplotlib
         matplotlib.use('agg')
         from fastai_is.bench import bench
+        clock = time.process_time if args.pop('processor_time') else time.perf_counter
         typed = shlex.join(['fastai-is', *(sys.argv[1:] if argv is None else argv)])
-        try: bench(args.pop('data'), [o.strip() for o in args.pop('methods').split(',')], command=typed, **args)
+        try: bench(args.pop('data'), [o.strip() for o in args.pop('methods').split(',')], command=typed, clock=clock, **args)
         except (ValueError, OSError, ImportError) as e: return f'fastai-is bench: {e}'
         with open(f"{args['out']}/table.md", encoding='utf-8') as f: print(f.read())
         print(f"Saved runs.parquet, table.md and frontier.png in {args['out']}")

@@ -59,12 +59,13 @@ class ScoreStore:
         return self.values[self.values.isfinite()]
     def clear(self): self.values = torch.empty(0)
 
-# %% ../../nbs/10_callback.core.ipynb #1edb3d21
+# %% ../../nbs/10_callback.core.ipynb #aa88f0e4
 class Plan(NamedTuple):
     "What an epoch is to be trained on"
     ids:Tensor     # Dataset ids in the order of the epoch `[m]`
     weights:Tensor|None # Unbiased weights `[m]`; None for a plain mean over all of them
     bs:int         # Batch size; the last batch may be smaller
+    window:int|None=None # Samples that a batch is chosen from, where it is a choice
 
 class Ids:
     "The numbers of a tensor, as Python's, one part after the other: a list of a million takes its time and 50 MB"
@@ -188,7 +189,7 @@ def check_setting(
     "Raise a `ValueError` for a setting that makes no sense"
     if not ok: raise ValueError(f"{name}={value!r}: expected {what}.")
 
-# %% ../../nbs/10_callback.core.ipynb #e9444903
+# %% ../../nbs/10_callback.core.ipynb #be7bf424
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -252,9 +253,9 @@ class SelectionCB(Callback):
         self.n_ids,names = n,score_context(self.score)
         self.fit_state = SimpleNamespace(seat=self.seat, names=names, tap=make_tap(self.model, names, self.layer), follow=True, generators={},
             metrics=[ValueMetric(getattr(self, o), o) for o in self.columns],
-            loader=None, ids=None, weights=None, uniform=False, bs=0, n=0, full_bs=0,        # the epoch's plan
+            loader=None, ids=None, weights=None, uniform=False, bs=0, n=0, full_bs=0, window=None, # the epoch's plan
             trained=0, offered=0, steps=0, fresh=[], unread=[], queue=None, passed=[],       # what the epoch came to so far
-            rows=None, w=None, scale=None, loss=None, scored=None, idxs=None, scores=None, window=0, # the batch
+            rows=None, w=None, scale=None, loss=None, scored=None, idxs=None, scores=None, stands_for=0, # the batch
             broken=False, warned=False, cancelled=False)
         self.counts.update(forwarded=0, backpropagated=0)
         self.start_fit()
@@ -324,9 +325,9 @@ class SelectionCB(Callback):
         if drop_last: order = order[:len(order)//bs*bs]
         ids = _as_tensor(order)
         plan = self.plan(ids, bs) if len(ids) and not self.off and (s.seat=='epoch' or self.follows_ids) else None
-        s.n,s.full_bs,s.ids,s.bs,s.cancelled = len(ids),bs,ids,bs,False
+        s.n,s.full_bs,s.ids,s.bs,s.window,s.cancelled = len(ids),bs,ids,bs,None,False
         if plan is None: return order,bs
-        s.ids,s.bs = plan.ids,plan.bs
+        s.ids,s.bs,s.window = plan.ids,plan.bs,plan.window
         if plan.weights is not None:
             s.weights,s.uniform = plan.weights.to(next(self.model.parameters()).device),bool((plan.weights==1).all())
         if self.on_select and (plan.weights is not None or len(s.ids)<s.n): self.on_select(self.learn, plan.ids, torch.ones(len(plan.ids)) if plan.weights is None else plan.weights, self.store.get(torch.arange(self.dl.n)))
@@ -379,7 +380,7 @@ class SelectionCB(Callback):
         s.rows = s.ids[at:at+bs]
         if s.weights is None: return
         s.w = s.weights[at:at+bs]
-        s.window = bs if s.bs==s.full_bs else min(s.full_bs, s.n-self.iter*s.full_bs)
+        s.stands_for = bs if s.window is None else min(s.full_bs, s.n-self.iter*s.window) # a step is as long as a plain one, also from several batches
 
     def scoring_pass(self)->Scored:
         "Score the batch, by default with the model as it is in evaluation"
@@ -499,7 +500,7 @@ class SelectionCB(Callback):
     def _window_scale(self, scale, k):
         "The normaliser of a window from that of the `k` samples that were loaded: over an epoch the others are never seen"
         s,lf = self.fit_state,self.loss_func
-        if getattr(lf, 'reduction', getattr(lf, 'keywords', {}).get('reduction'))=='sum': return scale*s.window/k
+        if getattr(lf, 'reduction', getattr(lf, 'keywords', {}).get('reduction'))=='sum': return scale*s.stands_for/k
         if s.uniform: self._add_scale(scale) # chosen blindly, so as good as a whole batch
         return self.normaliser[1]/self.normaliser[0] if self.normaliser[1] else scale # the mean over whole batches
 

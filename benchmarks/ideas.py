@@ -1,0 +1,172 @@
+"""Ideas for better defaults of `ImportanceCB`, each measured: what it costs, how accurate it gets, and what plain training would spend for the same.
+
+    python benchmarks/ideas.py --data mnist --epochs 8 --seeds 2 --out benchmarks/results
+
+Each idea changes one thing: a setting of ImportanceCB, or a few lines of it. All have batches of the same size and the same learning rate, which suit plain
+training (`fastai-is bench` tunes them); plain training has budgets from 2 epochs up, each with its learning rate decayed to zero. Seconds are of processor
+time, on one thread. Runs are added to a CSV, and what is in it already is not repeated; a table is written beside it.
+"""
+import argparse, shlex, sys, time
+from pathlib import Path
+
+import fastai_is, pandas as pd, torch
+from torch import nn
+from fastai.torch_core import set_seed
+from fastprogress.fastprogress import progress_bar
+
+from fastai_is.analysis import machine
+from fastai_is.bench import PROBLEMS, fit_once, markdown, summarise
+from fastai_is.callback.core import take
+from fastai_is.callback.importance import ImportanceCB
+from fastai_is.selection import systematic
+from fastai_is.variance import variance_ratio
+
+
+def forecast(before, after, weights, bins=32):
+    "What scores turn out to be, from those remembered and those met in the next epoch: edges of bins of the former, and the root mean square of the latter in each"
+    edges = before.quantile(torch.linspace(0, 1, bins+1)[1:-1])
+    at = torch.bucketize(before, edges)
+    def total(o): return torch.zeros(bins).index_add_(0, at, o)
+    rms = (total(weights*after.square())/total(weights).clamp(min=1e-9)).sqrt()
+    return edges,torch.where(total(torch.ones_like(after))>10, rms, 0.).cummax(0).values
+
+
+class Idea(ImportanceCB):
+    "`ImportanceCB` with what is being tried"
+    order = ImportanceCB.order
+    def __init__(self, by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, prefilter=1, lr_power=0., refresh=False,
+            forecasts=False, **kwargs):
+        super().__init__(**kwargs)
+        self.by_ratio = by_ratio     # bias=min(1, by_ratio/variance_ratio)
+        self.tightens = tightens     # the limit at the beginning; it falls to `limit` at the end
+        self.whole_from = whole_from # part of the training after which everything is trained on
+        self.unseen = unseen         # score of what was not seen yet: 'top', the highest, or 'mean', the mean of the others
+        self.grow = grow             # factor by which a score grows in each epoch in which its sample is not seen
+        self.blind = blind           # choose by chance, as many as importance would
+        self.prefilter = prefilter   # choose this many times as many by remembered score, and among these by a fresh one
+        self.lr_power = lr_power     # learning rate times share**lr_power
+        self.refresh = refresh       # BatchNorm's running statistics anew at the end, from 4,096 samples
+        self.forecasts = forecasts   # go by what scores like the remembered one turned out to be in the last epoch
+        self.last,self.tight = None,self.limit
+
+    def number(self, windows, n):
+        k = super().number(windows, n)
+        self.share = k/n
+        return min(n, k*self.prefilter) if windows is not None else k
+
+    def plan(self, ids, bs):
+        pct,known = self.epoch/self.n_epoch,len(self.store)>0
+        if pct>=self.whole_from: return
+        if not known: res = super().plan(ids, bs)
+        else:
+            vals = torch.full((self.n_ids,), torch.nan)
+            vals[:len(self.store.values)] = self.store.values
+            if self.tightens: self.limit = self.tightens+(self.tight-self.tightens)*pct
+            if self.by_ratio: self.bias = min(1., self.by_ratio/variance_ratio(self.store.seen()).item())
+            if self.grow>1 and self.last is not None:
+                unseen = torch.ones(len(vals), dtype=torch.bool)
+                unseen[self.last.ids] = False
+                vals[unseen] *= self.grow
+            self.store.values = vals
+            kept = vals # what is remembered; what is gone by may be another
+            if self.unseen=='mean': kept = vals.nan_to_num(nan=self.store.seen().mean().item())
+            if self.forecasts and self.last is not None:
+                ok = self.before[self.last.ids].isfinite() & vals[self.last.ids].isfinite()
+                met = self.last.ids[ok]
+                edges,rms = forecast(self.before[met], vals[met], self.last.weights[ok])
+                kept = torch.where(vals.isfinite(), rms[torch.bucketize(vals, edges)], vals)
+            self.before,self.store.values = vals.clone(),kept
+            res = super().plan(ids, bs)
+            if res and self.blind: # the same numbers of the same windows, by chance
+                part,m = ids[:len(ids)//res.window*res.window].view(-1,res.window),len(ids)//res.window
+                sel = systematic(torch.ones(part.shape), res.bs, 1., self.generator())
+                res = res._replace(ids=part.gather(1, sel.idxs).flatten(), weights=torch.ones(m*res.bs))
+            self.store.values = vals
+        self.last = res if known else None
+        return res
+
+    def before_batch(self):
+        super().before_batch()
+        s = self.fit_state
+        if self.prefilter==1 or self.epoch==0: return
+        n = len(s.rows)
+        k = max(2, round(n*max(self.share, 1/self.prefilter)))
+        if k>=n: return
+        scores = self.scoring_pass().scores
+        if s.w is None: s.w = torch.ones(n)
+        sel = systematic(scores*s.w, k, self.smooth, self.generator()) # in proportion to what each would contribute
+        s.fresh.append((s.rows,scores))
+        self.learn.xb,self.learn.yb = take(self.xb, sel.idxs, n),take(self.yb, sel.idxs, n)
+        s.w,s.rows = s.w[sel.idxs]*sel.weights,s.rows[sel.idxs]
+
+    def before_step(self):
+        if self.lr_power and self.fit_state.w is not None: self.opt.set_hyper('lr', float(self.opt.hypers[-1]['lr']*self.share**self.lr_power))
+
+    def after_train(self):
+        super().after_train()
+        if not self.refresh or self.epoch<self.n_epoch-1: return
+        norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
+        for m in norms:
+            m.reset_running_stats()
+            m.old,m.momentum = m.momentum,None # a plain mean over batches
+        ds = self.dls.train_ds
+        ids = torch.randperm(len(ds), generator=torch.Generator().manual_seed(0))[:4096]
+        with torch.no_grad():
+            for xb,*_ in self.dls.train.new(ds.subset(ids)): self.model(xb)
+        for m in norms: m.momentum = m.old
+
+
+IDEAS = {
+    'the default': {},
+    'all of the first epoch, small steps (the default until 0.0.1)': dict(first=1., least=1),
+    'all of the first epoch': dict(first=1.),
+    'a fifth of the first epoch': dict(first=.2),
+    'small steps': dict(least=1),
+    'steps of 128': dict(least=128),
+    'as many by chance': dict(blind=True),
+    'no weights': dict(bias=0.),
+    'full weights': dict(bias=1.),
+    'weights by the variance ratio': dict(by_ratio=3.),
+    'half of the probability uniform': dict(smooth=.5),
+    'the loss as score': dict(score='loss'),
+    'limit 1.3': dict(limit=1.3),
+    'the limit tightens from 2 to 1.05': dict(tightens=2., limit=1.05),
+    'floor 0.25': dict(floor=.25),
+    'everything in the last eighth': dict(whole_from=.87),
+    'what was not seen counts as the mean': dict(unseen='mean'),
+    'scores of the unseen grow by 1.3 an epoch': dict(grow=1.3),
+    'learning rate by the root of the share': dict(lr_power=.5),
+    'BatchNorm statistics anew at the end': dict(refresh=True),
+    'two stages: 3 times as many by remembered score, then by a fresh one': dict(prefilter=3),
+    'forecast scores': dict(forecasts=True, floor=.02),
+    'forecast scores, limit 1.6, full weights': dict(forecasts=True, floor=.02, limit=1.6, smooth=.1, bias=1.),
+    'forecast scores, limit 2': dict(forecasts=True, floor=.02, limit=2., smooth=.1),
+}
+SETTINGS = dict(mnist=(128,6.4e-2), cifar10=(64,2.8e-2))
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', default='mnist', help='mnist or cifar10')
+    p.add_argument('--n', type=int, default=None, help='training samples; all by default')
+    p.add_argument('--epochs', type=int, default=8, help='epochs of each idea; plain training has 1/4, 1/2, 3/4 and all of them')
+    p.add_argument('--seeds', type=int, default=2, help='how many')
+    p.add_argument('--only', default='', help='numbers of the ideas, such as 0,5; all by default')
+    p.add_argument('--out', default='benchmarks/results', help='folder')
+    args = p.parse_args()
+    torch.set_num_threads(1)
+    bs,lr = SETTINGS[args.data]
+    problem,out = PROBLEMS[args.data](args.n),Path(args.out)/f"ideas_{args.data}{f'_{args.n}' if args.n else ''}.csv"
+    chosen = [list(IDEAS)[int(o)] for o in args.only.split(',')] if args.only else list(IDEAS)
+    turns = [('plain',round(args.epochs*o)) for o in (1/4,1/2,3/4,1)]+[(o,args.epochs) for o in chosen]
+    done = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=['method','epochs','seed'])
+    n = len(problem.make(bs).dls.train_ds)
+    fit_once(problem.make(bs), 1, lr, None, time.process_time) # the first steps of a process are slow
+    for seed,(name,epochs) in progress_bar([(s,t) for s in range(args.seeds) for t in turns], leave=False):
+        if ((done.method==name) & (done.epochs==epochs) & (done.seed==seed)).any(): continue
+        set_seed(seed)
+        row = dict(method=name, bs=bs, lr=lr, epochs=epochs, seed=seed,
+            **fit_once(problem.make(bs), epochs, lr, None if name=='plain' else Idea(**IDEAS[name]), time.process_time))
+        done = pd.concat([done,pd.DataFrame([row])])
+        done.to_csv(out, index=False)
+    about = f"{args.data}, {n:,} training samples, batches of {bs}, rate {lr}, {args.seeds} seeds; {machine().rpartition(';')[0]}; fastai_is {fastai_is.__version__}"
+    out.with_suffix('.md').write_text(f"# Ideas for ImportanceCB\n\n{about}\n\n{markdown(summarise(done[done.seed<args.seeds]), n)}\n\n    python benchmarks/ideas.py {shlex.join(sys.argv[1:])}\n", encoding='utf-8')
