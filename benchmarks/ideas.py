@@ -34,9 +34,10 @@ def forecast(before, after, weights, bins=32):
 class Idea(ImportanceCB):
     "`ImportanceCB` with what is being tried"
     order = ImportanceCB.order
-    def __init__(self, by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, prefilter=1, lr_power=0., refresh=False,
+    def __init__(self, first=1., by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, prefilter=1, lr_power=0., refresh=False,
             forecasts=False, **kwargs):
         super().__init__(**kwargs)
+        self.first = first           # share of each batch in the first epoch of several, by chance
         self.by_ratio = by_ratio     # bias=min(1, by_ratio/variance_ratio)
         self.tightens = tightens     # the limit at the beginning; it falls to `limit` at the end
         self.whole_from = whole_from # part of the training after which everything is trained on
@@ -51,6 +52,7 @@ class Idea(ImportanceCB):
 
     def number(self, windows, n):
         k = super().number(windows, n)
+        if windows is None and self.n_epoch>1: k = max(2, round(self.first*n))
         self.share = k/n
         return min(n, k*self.prefilter) if windows is not None else k
 
@@ -118,12 +120,11 @@ class Idea(ImportanceCB):
 
 IDEAS = {
     'the default': {},
-    'all of the first epoch, small steps (the default until 0.0.1)': dict(first=1., least=1),
-    'all of the first epoch': dict(first=1.),
-    'a fifth of the first epoch': dict(first=.2),
-    'small steps': dict(least=1),
+    'small steps, the former default': dict(least=1),
     'steps of 128': dict(least=128),
     'as many by chance': dict(blind=True),
+    'a third of the first epoch': dict(first=1/3),
+    'a third of the first epoch, unseen ones count as the mean': dict(first=1/3, unseen='mean'),
     'no weights': dict(bias=0.),
     'full weights': dict(bias=1.),
     'weights by the variance ratio': dict(by_ratio=3.),
@@ -131,16 +132,14 @@ IDEAS = {
     'the loss as score': dict(score='loss'),
     'limit 1.3': dict(limit=1.3),
     'the limit tightens from 2 to 1.05': dict(tightens=2., limit=1.05),
-    'floor 0.25': dict(floor=.25),
     'everything in the last eighth': dict(whole_from=.87),
-    'what was not seen counts as the mean': dict(unseen='mean'),
     'scores of the unseen grow by 1.3 an epoch': dict(grow=1.3),
     'learning rate by the root of the share': dict(lr_power=.5),
     'BatchNorm statistics anew at the end': dict(refresh=True),
     'two stages: 3 times as many by remembered score, then by a fresh one': dict(prefilter=3),
     'forecast scores': dict(forecasts=True, floor=.02),
     'forecast scores, limit 1.6, full weights': dict(forecasts=True, floor=.02, limit=1.6, smooth=.1, bias=1.),
-    'forecast scores, limit 2': dict(forecasts=True, floor=.02, limit=2., smooth=.1),
+    'forecast scores, limit 2, a third of the first epoch': dict(forecasts=True, floor=.02, limit=2., smooth=.1, first=1/3),
 }
 SETTINGS = dict(mnist=(128,6.4e-2), cifar10=(64,2.8e-2))
 

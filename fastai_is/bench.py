@@ -51,7 +51,7 @@ class Problem:
     lr:float # A good peak learning rate of the one-cycle schedule for batches of `bs`: the middle of those that are tried
     bs:int=128 # Batch size that `lr` is for
 
-# %% ../nbs/26_bench.ipynb #cd54d4da
+# %% ../nbs/26_bench.ipynb #47a28d84
 def small_resnet(
     c_in:int=3, # Channels of the images
     n_out:int=10, # Classes
@@ -347,7 +347,7 @@ def plot_frontier(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/26_bench.ipynb #31c444aa
+# %% ../nbs/26_bench.ipynb #b2978a93
 def _problem(problem, n, quick):
     "The `Problem` asked for"
     if isinstance(problem, Problem):

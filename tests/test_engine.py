@@ -194,43 +194,20 @@ def kept_by_epoch(cb, epochs=6, **kw):
     return [v[i] for v in learn.recorder.values]
 
 def test_auto_keeps_all_at_first_and_less_later():
-    k = kept_by_epoch(ImportanceCB(first=1))
+    k = kept_by_epoch(ImportanceCB())
     assert k[0] == 1 and .1 <= k[-1] < .7 and all(a >= b-.05 for a, b in zip(k, k[1:]))
     assert kept_by_epoch(ImportanceCB(limit=1.05))[-1] > k[-1] > kept_by_epoch(ImportanceCB(limit=3.))[-1]
-    assert min(kept_by_epoch(ImportanceCB(limit=50., floor=.5, first=.5))) >= .49
-
-@pytest.mark.parametrize('kw', (dict(), dict(drop_last=True), dict(n=580), dict(workers=2), dict(cls=TfmdDL, drop_last=True)))
-def test_auto_begins_with_a_part_by_chance_and_then_takes_what_was_not_seen(kw):
-    "A third of each window in the first epoch with equal weights, and all the others have the highest score in the second"
-    seen, cb = [], ImportanceCB(on_select=lambda l, i, w, s: seen.append((i, w)))
-    learn, w = run_epochs(cb, 3, **kw)
-    (first, ones), (second, _) = seen[:2]
-    n = sum(len(b) for b in w.ids[0])
-    assert n == len(first) == len(first.unique()) and (ones == 1).all() and abs(n/len(learn.dls.train_ds)-1/3) < .03
-    assert len(torch.cat([first, second]).unique()) > .9*len(learn.dls.train_ds)
-    assert cb.store.values.isfinite().float().mean() > .9
-
-def test_first_epoch_whole_where_it_cannot_come_back_or_knows_already_or_is_told():
-    assert kept_by_epoch(ImportanceCB(), 1) == [1.], 'one epoch'
-    assert kept_by_epoch(ImportanceCB(first=1), 2)[0] == 1 and kept_by_epoch(ImportanceCB(first=.5), 2)[0] == pytest.approx(.5, abs=.01)
-    assert kept_by_epoch(ImportanceCB(gate=1.5), 2)[0] == 1 and kept_by_epoch(ImportanceCB(keep=.4), 2)[0] == 1, 'a gate that has to be passed'
-    assert kept_by_epoch(ImportanceCB(seat='batch'), 2)[0] == kept_by_epoch(ImportanceCB(seat='loss'), 2)[0] == 1
-    cb = ImportanceCB()
-    learn = make_learner()
-    quiet_fit(learn, 1, cb)
-    quiet_fit(learn, 2, cb)
-    assert learn.recorder.values[0][learn.recorder.metric_names.index('kept')-1] > .5, 'scores of an earlier fit are gone by'
+    assert min(kept_by_epoch(ImportanceCB(limit=50., floor=.5))) >= .49
 
 @pytest.mark.parametrize('least,drop_last', ((1, False), (32, False), (32, True), (10**6, False), (10**6, True)))
 def test_what_is_kept_of_several_batches_makes_a_step(least, drop_last):
     "Steps have `least` samples or as many as a batch, all but the last one; none comes twice, weights add up, and every sample is in reach of the plan"
     plans = []
     learn, w = run_epochs(ImportanceCB(least=least, limit=50., floor=.05, on_select=lambda l, i, w, s: plans.append((i, w))), 4, n=2000, drop_last=drop_last)
-    n = len(learn.dls.train_ds)//64*64 if drop_last else len(learn.dls.train_ds)
-    for (ids, weights), batches in zip(plans, w.ids):
+    n, k = len(learn.dls.train_ds)//64*64 if drop_last else len(learn.dls.train_ds), round(.05*64)
+    for (ids, weights), batches in zip(plans, w.ids[1:], strict=True): # the first epoch is whole
         sizes = [len(b) for b in batches]
-        k = max(2, round(64*(1/3 if batches is w.ids[0] else .05)))
-        joined = 1 if least == 1 else max(1, min(-(-min(least, 10**6)//k), 64//k))
+        joined = max(1, min(-(-least//k), 64//k))
         assert set(sizes[:-1]) == {k*joined} and sizes[-1] <= k*joined and len(sizes) == -(-n//(64*joined))
         assert sum(batches, []) == ids.tolist() and len(ids.unique()) == len(ids)
         if sizes[-1] == k*joined or not drop_last: assert abs(weights.mean()-1) < .1

@@ -17,8 +17,8 @@ from fastcore.basics import noop
 from fastcore.meta import delegates
 from fastai.torch_core import find_bs
 
-# %% ../../nbs/11_callback.importance.ipynb #56a12f59
-def _check_settings(keep, bias, smooth, gate, seat, limit, floor, first, least, costs, pool, hold):
+# %% ../../nbs/11_callback.importance.ipynb #56a449ab
+def _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, costs, pool, hold):
     "Raise a `ValueError` that names what is wrong and the remedy"
     def named(v, *names): return v is None or isinstance(v, str) and v in names
     check_setting(keep is not None and named(keep, 'auto') or is_number(keep) and 0<keep<=1, 'keep', keep, "a share above 0 and up to 1, or 'auto'")
@@ -28,7 +28,7 @@ def _check_settings(keep, bias, smooth, gate, seat, limit, floor, first, least, 
         "more than 0 with seat='epoch', so that no sample is lost for good; 0.2 is a good value")
     check_setting(named(gate, 'auto') or is_number(gate) and gate>0, 'gate', gate, "'auto', None, or a threshold of tau above 0")
     check_setting(is_number(limit) and limit>1, 'limit', limit, 'a number above 1, such as 1.1')
-    for nm,v in (('floor',floor), ('first',first)): check_setting(is_number(v) and 0<v<=1, nm, v, 'a share above 0 and up to 1')
+    check_setting(is_number(floor) and 0<floor<=1, 'floor', floor, 'a share above 0 and up to 1')
     check_setting(is_whole(least, 1), 'least', least, 'a whole number of samples, 1 or more, such as 32')
     check_setting(costs is not None and named(costs, 'measured') or isinstance(costs, (tuple,list)) and len(costs)==2 and all(is_number(c) and c>0 for c in costs),
         'costs', costs, "two numbers above 0, forward and backward, or 'measured'")
@@ -39,7 +39,7 @@ def _check_settings(keep, bias, smooth, gate, seat, limit, floor, first, least, 
         check_setting(not on or seat=='batch', 'seat', seat, f"'batch' with {nm}={v!r}, where a scoring pass comes before each step")
         check_setting(not on or keep=='auto', 'keep', keep, f"'auto' with {nm}={v!r}, which says how much is kept (pool=n keeps 1/n); leave `keep` out")
 
-# %% ../../nbs/11_callback.importance.ipynb #953dd721
+# %% ../../nbs/11_callback.importance.ipynb #6074998e
 class ImportanceCB(SelectionCB):
     """Train on few important samples instead of many, with weights that make up for the choice. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is (in the loss seat: the mean loss).
@@ -55,16 +55,15 @@ class ImportanceCB(SelectionCB):
         seat:str='epoch', # Where to select: 'epoch', 'batch' or 'loss'
         limit:float=1.1, # Largest predicted variance, relative to training on everything, that 'auto' accepts
         floor:float=.1, # Smallest share that `keep='auto'` may come to
-        first:float=1/3, # Share of the first epoch of several, by chance, that `keep='auto'` trains on over the epoch; 1: all of it
         least:int=32, # Samples of a step at least, over the epoch: what `keep='auto'` keeps of several batches is put together, up to the size of a batch
         costs:tuple|str=(1.,2.), # Costs of a forward and a backward pass, for the gate in the batch seat; 'measured': by the clock, so that runs differ
         pool:int=1, # Batches that are scored for each one that is trained on, in the batch seat
         hold:str|None=None, # In the batch seat: keep the 'variance' by training on less as tau grows, or the 'time' of a step by scoring more
         **kwargs
     ):
-        _check_settings(keep, bias, smooth, gate, seat, limit, floor, first, least, costs, pool, hold)
+        _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, costs, pool, hold)
         super().__init__(score=score, seat=seat, **kwargs)
-        self.keep,self.bias,self.smooth,self.gate,self.limit,self.floor,self.first,self.least = keep,bias,smooth,gate,limit,floor,first,least
+        self.keep,self.bias,self.smooth,self.gate,self.limit,self.floor,self.least = keep,bias,smooth,gate,limit,floor,least
         self.costs,self.pool,self.hold = costs,pool,hold
         self.timer = None
 
@@ -82,15 +81,15 @@ class ImportanceCB(SelectionCB):
         n:int # Size of a whole window or batch
     )->int: # From 2 to n (1 where n is 1)
         "How many of `n` samples to train on in this epoch"
-        known,auto = windows is not None,self.keep=='auto'
-        if auto and known: k = keep_within(windows, self.limit, self.smooth, self.floor)
-        else: k = min(n, max(2, round(n*(self.keep if not auto else self.first if self.n_epoch>1 else 1)))) # a single epoch cannot come back to what it leaves out
+        known = windows is not None
+        if self.keep=='auto': k = keep_within(windows, self.limit, self.smooth, self.floor) if known else n
+        else: k = min(n, max(2, round(self.keep*n)))
         if k==n or self.gate is None: return k
-        if not known: return k if auto and self.gate=='auto' else n
+        if not known: return n
         if self.gate!='auto':
             t = self.tau()
             return k if (tau(windows).mean() if t is None else t)>self.gate else n
-        return k if auto or inflation(windows, k, self.smooth)<=self.limit else n
+        return k if self.keep=='auto' or inflation(windows, k, self.smooth)<=self.limit else n
 
     # Over the epoch
     def plan(self, ids, bs):
