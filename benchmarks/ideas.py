@@ -137,6 +137,8 @@ IDEAS = {
     'learning rate by the root of the share': dict(lr_power=.5),
     'BatchNorm statistics anew at the end': dict(refresh=True),
     'two stages: 3 times as many by remembered score, then by a fresh one': dict(prefilter=3),
+    'two stages, steps of 32': dict(prefilter=3, least=96),
+    'two stages, limit 1.3, steps of 32': dict(prefilter=3, least=96, limit=1.3),
     'forecast scores': dict(forecasts=True, floor=.02),
     'forecast scores, limit 1.6, full weights': dict(forecasts=True, floor=.02, limit=1.6, smooth=.1, bias=1.),
     'forecast scores, limit 2, a third of the first epoch': dict(forecasts=True, floor=.02, limit=2., smooth=.1, first=1/3),
@@ -165,7 +167,7 @@ if __name__=='__main__':
         set_seed(seed)
         row = dict(method=name, bs=bs, lr=lr, epochs=epochs, seed=seed,
             **fit_once(problem.make(bs), epochs, lr, None if name=='plain' else Idea(**IDEAS[name]), time.process_time))
-        done = pd.concat([done,pd.DataFrame([row])])
+        done = pd.concat([done,pd.DataFrame([row])]).astype(dict(bs=int, epochs=int, seed=int))
         done.to_csv(out, index=False)
     about = f"{args.data}, {n:,} training samples, batches of {bs}, rate {lr}, {args.seeds} seeds; {machine().rpartition(';')[0]}; fastai_is {fastai_is.__version__}"
     out.with_suffix('.md').write_text(f"# Ideas for ImportanceCB\n\n{about}\n\n{markdown(summarise(done[done.seed<args.seeds]), n)}\n\n    python benchmarks/ideas.py {shlex.join(sys.argv[1:])}\n", encoding='utf-8')
