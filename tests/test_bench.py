@@ -412,7 +412,9 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert asked == [(500, 500)] and '| blf |' in out
     assert f"fastai-is bench --data mnist --methods 'plain, blf' --quick --out {tmp_path/'new'}" in out
     assert len(rows(tmp_path/'new', 'compare').groupby(['seed', 'epochs'])) == 4
-    assert main(['bench', '--methods', 'blf', '--budgets', '1', '--seeds', '1', '--n', '300', '--out', str(tmp_path/'new')]) == 0
+    assert 'Seconds are of training' in out
+    assert main(['bench', '--methods', 'blf', '--budgets', '1', '--seeds', '1', '--n', '300', '--processor-time', '--out', str(tmp_path/'new')]) == 0
+    assert 'Seconds (processor time) are of training' in capsys.readouterr().out
     assert asked[1:] == [(300, None)]
 
 def test_command_mistakes(tmp_path, capsys):

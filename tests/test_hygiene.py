@@ -45,3 +45,9 @@ def test_readme_is_the_index():
     mod = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mod)
     assert (ROOT/"README.md").read_text(encoding="utf-8") == mod.readme(), "run python .ci/readme.py"
+
+@pytest.mark.parametrize("name", ("README.md", "CONTRIBUTING.md", "nbs/index.ipynb"))
+def test_links_lead_somewhere(name):
+    links = re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", (ROOT/name).read_text(encoding="utf-8"))
+    missing = [o for o in links if not ((ROOT/name).parent/o.split("#")[0]).exists()]
+    assert not missing and (links or name == "CONTRIBUTING.md"), missing
