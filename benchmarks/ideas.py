@@ -137,11 +137,11 @@ IDEAS = {
     'learning rate by the root of the share': dict(lr_power=.5),
     'BatchNorm statistics anew at the end': dict(refresh=True),
     'two stages: 3 times as many by remembered score, then by a fresh one': dict(prefilter=3),
-    'two stages, steps of 32': dict(prefilter=3, least=96),
-    'two stages, limit 1.3, steps of 32': dict(prefilter=3, least=96, limit=1.3),
     'forecast scores': dict(forecasts=True, floor=.02),
     'forecast scores, limit 1.6, full weights': dict(forecasts=True, floor=.02, limit=1.6, smooth=.1, bias=1.),
     'forecast scores, limit 2, a third of the first epoch': dict(forecasts=True, floor=.02, limit=2., smooth=.1, first=1/3),
+    'two stages, steps of 32': dict(prefilter=3, least=96),
+    'two stages, limit 1.3, steps of 32': dict(prefilter=3, least=96, limit=1.3),
 }
 SETTINGS = dict(mnist=(128,6.4e-2), cifar10=(64,2.8e-2))
 
