@@ -33,7 +33,6 @@ def forecast(before, after, weights, bins=32):
 
 class Idea(ImportanceCB):
     "`ImportanceCB` with what is being tried"
-    order = ImportanceCB.order
     def __init__(self, first=1., by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, prefilter=1, lr_power=0., refresh=False,
             forecasts=False, **kwargs):
         super().__init__(**kwargs)
