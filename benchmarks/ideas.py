@@ -16,7 +16,6 @@ from fastprogress.fastprogress import progress_bar
 
 from fastai_is.analysis import machine
 from fastai_is.bench import PROBLEMS, fit_once, markdown, summarise
-from fastai_is.callback.core import take
 from fastai_is.callback.importance import ImportanceCB
 from fastai_is.selection import systematic
 from fastai_is.variance import variance_ratio
@@ -32,10 +31,10 @@ def forecast(before, after, weights, bins=32):
 
 
 class Idea(ImportanceCB):
-    "`ImportanceCB` with what is being tried"
-    def __init__(self, first=1., by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, prefilter=1, lr_power=0., refresh=False,
-            forecasts=False, **kwargs):
-        super().__init__(**kwargs)
+    "`ImportanceCB` with what is being tried. In one stage, unless it is said to be two"
+    def __init__(self, first=1., by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, lr_power=0., refresh=False,
+            forecasts=False, prefilter=1, **kwargs):
+        super().__init__(prefilter=prefilter, **kwargs)
         self.first = first           # share of each batch in the first epoch of several, by chance
         self.by_ratio = by_ratio     # bias=min(1, by_ratio/variance_ratio)
         self.tightens = tightens     # the limit at the beginning; it falls to `limit` at the end
@@ -43,7 +42,6 @@ class Idea(ImportanceCB):
         self.unseen = unseen         # score of what was not seen yet: 'top', the highest, or 'mean', the mean of the others
         self.grow = grow             # factor by which a score grows in each epoch in which its sample is not seen
         self.blind = blind           # choose by chance, as many as importance would
-        self.prefilter = prefilter   # choose this many times as many by remembered score, and among these by a fresh one
         self.lr_power = lr_power     # learning rate times share**lr_power
         self.refresh = refresh       # BatchNorm's running statistics anew at the end, from 4,096 samples
         self.forecasts = forecasts   # go by what scores like the remembered one turned out to be in the last epoch
@@ -53,7 +51,7 @@ class Idea(ImportanceCB):
         k = super().number(windows, n)
         if windows is None and self.n_epoch>1: k = max(2, round(self.first*n))
         self.share = k/n
-        return min(n, k*self.prefilter) if windows is not None else k
+        return k
 
     def plan(self, ids, bs):
         pct,known = self.epoch/self.n_epoch,len(self.store)>0
@@ -86,20 +84,6 @@ class Idea(ImportanceCB):
         self.last = res if known else None
         return res
 
-    def before_batch(self):
-        super().before_batch()
-        s = self.fit_state
-        if self.prefilter==1 or self.epoch==0: return
-        n = len(s.rows)
-        k = max(2, round(n*max(self.share, 1/self.prefilter)))
-        if k>=n: return
-        scores = self.scoring_pass().scores
-        if s.w is None: s.w = torch.ones(n)
-        sel = systematic(scores*s.w, k, self.smooth, self.generator()) # in proportion to what each would contribute
-        s.fresh.append((s.rows,scores))
-        self.learn.xb,self.learn.yb = take(self.xb, sel.idxs, n),take(self.yb, sel.idxs, n)
-        s.w,s.rows = s.w[sel.idxs]*sel.weights,s.rows[sel.idxs]
-
     def before_step(self):
         if self.lr_power and self.fit_state.w is not None: self.opt.set_hyper('lr', float(self.opt.hypers[-1]['lr']*self.share**self.lr_power))
 
@@ -118,8 +102,8 @@ class Idea(ImportanceCB):
 
 
 IDEAS = {
-    'the default': {},
-    'small steps, the former default': dict(least=1),
+    'one stage, a former default': {},
+    'small steps, an earlier default': dict(least=1),
     'steps of 128': dict(least=128),
     'as many by chance': dict(blind=True),
     'a third of the first epoch': dict(first=1/3),
@@ -135,14 +119,18 @@ IDEAS = {
     'scores of the unseen grow by 1.3 an epoch': dict(grow=1.3),
     'learning rate by the root of the share': dict(lr_power=.5),
     'BatchNorm statistics anew at the end': dict(refresh=True),
-    'two stages: 3 times as many by remembered score, then by a fresh one': dict(prefilter=3),
     'forecast scores': dict(forecasts=True, floor=.02),
     'forecast scores, limit 1.6, full weights': dict(forecasts=True, floor=.02, limit=1.6, smooth=.1, bias=1.),
     'forecast scores, limit 2, a third of the first epoch': dict(forecasts=True, floor=.02, limit=2., smooth=.1, first=1/3),
-    'two stages, steps of 32': dict(prefilter=3, least=96),
-    'two stages, limit 1.3, steps of 32': dict(prefilter=3, least=96, limit=1.3),
+    'two stages, the default': dict(prefilter=3),
+    'two stages, steps of 12': dict(prefilter=3, least=12),
+    'two stages, steps of 64': dict(prefilter=3, least=64),
+    'two stages, steps of 128': dict(prefilter=3, least=128),
+    'two stages, limit 1.3': dict(prefilter=3, limit=1.3),
+    'two stages, twice as many first': dict(prefilter=2),
+    'two stages, 5 times as many first': dict(prefilter=5),
 }
-SETTINGS = dict(mnist=(128,6.4e-2), cifar10=(64,2.8e-2))
+SETTINGS = dict(mnist=(128,6.4e-2), cifar10=(32,2e-2))
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -128,6 +128,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastai_is/callback/core.py'),
                                          'fastai_is.callback.core.SelectionCB._reduce_part': ( 'callback.core.html#selectioncb._reduce_part',
                                                                                                'fastai_is/callback/core.py'),
+                                         'fastai_is.callback.core.SelectionCB._refine': ( 'callback.core.html#selectioncb._refine',
+                                                                                          'fastai_is/callback/core.py'),
                                          'fastai_is.callback.core.SelectionCB._remember': ( 'callback.core.html#selectioncb._remember',
                                                                                             'fastai_is/callback/core.py'),
                                          'fastai_is.callback.core.SelectionCB._score_and_cut': ( 'callback.core.html#selectioncb._score_and_cut',

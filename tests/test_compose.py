@@ -4,7 +4,7 @@ from helpers import *
 from fastai.callback.fp16 import MixedPrecision
 
 METHODS = dict(epoch=lambda: ImportanceCB(keep=.3, gate=None), batch=lambda: ImportanceCB(keep=.3, gate=None, seat='batch'),
-    loss=lambda: ImportanceCB(keep=.3, gate=None, seat='loss'), filter=lambda: BatchLossFilter(.6, gate=None))
+    two_stages=lambda: ImportanceCB(limit=50., floor=.1, least=1), loss=lambda: ImportanceCB(keep=.3, gate=None, seat='loss'), filter=lambda: BatchLossFilter(.6, gate=None))
 
 class BF16(MixedPrecision):
     "fastai's own only autocasts CUDA"
@@ -81,7 +81,7 @@ def test_mixed_precision(method):
     learn = quiet_fit(make_learner(), 6, [BF16(), METHODS[method]()])
     assert learn.recorder.values[-1][2] > .75 and not torch.is_autocast_enabled('cpu')
     assert {d for d, _ in ran} == {torch.bfloat16}, 'the scoring pass runs as training does'
-    assert len(ran) == (2 if method in ('batch', 'filter') else 1)
+    assert len(ran) == (2 if method in ('batch', 'two_stages', 'filter') else 1)
     if method != 'filter': assert dtypes == {torch.float32}, 'predictions arrive as training hands them to the loss'
 
 def test_gate_shut_under_mixed_precision_is_plain():

@@ -107,25 +107,27 @@ def full_gradient(model, x, y, lf):
     return torch.cat([g.flatten() for g in gs])
 
 @pytest.mark.parametrize('loss', (CrossEntropyLossFlat(), CrossEntropyLossFlat(weight=torch.tensor([1., 2, 8, 1, 4])), CrossEntropyLossFlat(reduction='sum')))
-@pytest.mark.parametrize('seat', ('batch', 'loss', 'epoch', 'joined'))
+@pytest.mark.parametrize('seat', ('batch', 'loss', 'epoch', 'joined', 'refined'))
 def test_bias_1_is_unbiased_through_the_callback(seat, loss):
-    "The mean step over many choices from one and the same window, or two that are joined, is the plain step; with bias=0 it is not"
+    "The mean step over many choices, in one or two stages, from one and the same window, or two that are joined, is the plain step; with bias=0 it is not"
     train, valid = make_data(32)
     x, y = torch.stack([a for a, _ in train]), torch.stack([b for _, b in train])
+    windows = 2 if seat in ('joined', 'refined') else 1
     def steps(bias, n=1500):
-        dls = DataLoaders(DataLoader(train, bs=16 if seat == 'joined' else 32), DataLoader(valid, bs=32))
+        dls = DataLoaders(DataLoader(train, bs=32//windows), DataLoader(valid, bs=32))
         learn, grads = make_learner(dls, model=nn.Linear(20, 5), loss=deepcopy(loss)), []
         class Grab(Callback):
             run_valid = False
             def before_step(self): grads.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]))
-        if seat == 'joined': cb = ImportanceCB(limit=100., floor=.3, bias=bias, smooth=.1, least=10)
+        if seat == 'joined': cb = ImportanceCB(limit=100., floor=.3, bias=bias, smooth=.1, least=10, prefilter=1)
+        elif seat == 'refined': cb = ImportanceCB(limit=100., floor=.2, bias=bias, smooth=.1, least=6, prefilter=3)
         else: cb = ImportanceCB(keep=.3, gate=None, seat=seat, bias=bias, smooth=.1)
-        if seat in ('epoch', 'joined'): # a fit whose first epoch is whole, so that the normaliser is that of the whole window
+        if seat in ('epoch', 'joined', 'refined'): # a fit whose first epoch is whole, so that the normaliser is that of the whole window
             cb.plan, plan = (lambda ids, bs: None if not len(cb.store) else plan(ids, bs)), cb.plan
         learn.validate = noop
         with learn.no_bar(), learn.no_logging(), replacing(learn, '_do_epoch_validate', noop): learn.fit(n, 0., cbs=[cb, Grab()])
         full = full_gradient(learn.model, x, y, loss)
-        if seat == 'joined': return torch.stack(grads[2:]), full/2 if getattr(loss, 'reduction', '') == 'sum' else full # a sum over as many as a batch
+        if windows == 2: return torch.stack(grads[2:]), full/2 if getattr(loss, 'reduction', '') == 'sum' else full # a sum over as many as a batch
         return torch.stack(grads[1:]), full
     got, want = steps(1.)
     z = (got.mean(0)-want).abs()/(got.std(0)/len(got)**.5+1e-6)
@@ -203,7 +205,7 @@ def test_auto_keeps_all_at_first_and_less_later():
 def test_what_is_kept_of_several_batches_makes_a_step(least, drop_last):
     "Steps have `least` samples or as many as a batch, all but the last one; none comes twice, weights add up, and every sample is in reach of the plan"
     plans = []
-    learn, w = run_epochs(ImportanceCB(least=least, limit=50., floor=.05, on_select=lambda l, i, w, s: plans.append((i, w))), 4, n=2000, drop_last=drop_last)
+    learn, w = run_epochs(ImportanceCB(least=least, limit=50., floor=.05, prefilter=1, on_select=lambda l, i, w, s: plans.append((i, w))), 4, n=2000, drop_last=drop_last)
     n, k = len(learn.dls.train_ds)//64*64 if drop_last else len(learn.dls.train_ds), round(.05*64)
     for (ids, weights), batches in zip(plans, w.ids[1:], strict=True): # the first epoch is whole
         sizes = [len(b) for b in batches]
@@ -211,6 +213,38 @@ def test_what_is_kept_of_several_batches_makes_a_step(least, drop_last):
         assert set(sizes[:-1]) == {k*joined} and sizes[-1] <= k*joined and len(sizes) == -(-n//(64*joined))
         assert sum(batches, []) == ids.tolist() and len(ids.unique()) == len(ids)
         if sizes[-1] == k*joined or not drop_last: assert abs(weights.mean()-1) < .1
+    assert learn.pct_train == pytest.approx(1.)
+
+@pytest.mark.parametrize('kw,k,load', ((dict(), 33, 99), (dict(drop_last=True), 33, 99), (dict(bs=16, drop_last=True), 16, 48), (dict(n=768, drop_last=True), 30, 90),
+    (dict(workers=2), 33, 99), (dict(n=2005), 33, 99)))
+def test_two_stages(kw, k, load):
+    "Three times as many are loaded as are trained on, a fresh score of all of these chooses, and is remembered; columns and counts are true"
+    looks, calls, w = [], [], Watch()
+    class Look(Callback):
+        order, run_valid = ImportanceCB.order+1, False
+        def before_batch(self):
+            s = cb.fit_state
+            if s.scored is not None: looks.append((self.epoch, s.rows, s.idxs, s.w, s.scored.scores))
+        def after_epoch(self):
+            for e, rows, _, _, scores in looks:
+                if e == self.epoch: torch.testing.assert_close(cb.store.values[rows], scores)
+    cb = ImportanceCB(limit=50., floor=.05, on_select=lambda learn, *o: calls.append(o))
+    learn = quiet_fit(make_learner(make_dls(**{'n':2000, **kw})), 4, [w, cb, Look()])
+    bs, n = kw.get('bs', 64), kw.get('n', 2000)
+    if kw.get('drop_last'): n = n//bs*bs
+    for e in (1, 2, 3):
+        look, (ids, wgts, _), batches = [o for o in looks if o[0] == e], calls.pop(0), w.ids[e]
+        assert ids.tolist() == torch.cat([o[1] for o in look]).tolist() and len(ids.unique()) == len(ids), 'what is loaded is what was planned, once'
+        assert {len(o[1]) for o in look[:-1]} == {load} and {len(b) for b in batches[:-1]} == {k}
+        if kw.get('drop_last'): assert len(look[-1][1]) == load and len(batches[-1]) == k
+        for (_, rows, idxs, weights, scores), batch in zip(look, batches, strict=True):
+            assert rows[idxs].tolist() == batch, 'what is trained on was loaded'
+            i, wg, s = calls.pop(0)
+            assert torch.equal(i, idxs) and torch.equal(wg, weights) and torch.equal(s, scores)
+        if not kw.get('drop_last'): assert abs(torch.cat([o[3] for o in look]).mean()-1) < .1
+        assert learn.recorder.values[e][3] == pytest.approx(sum(map(len, batches))/n, rel=1e-6)
+    trained = sum(len(b) for e in w.ids for b in e)
+    assert not calls and cb.counts == dict(backpropagated=trained, forwarded=trained+sum(len(o[1]) for o in looks))
     assert learn.pct_train == pytest.approx(1.)
 
 def test_auto_gate_of_a_fixed_share_waits_until_the_prediction_allows_it():

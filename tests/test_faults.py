@@ -5,7 +5,7 @@ import pytest, torch
 from helpers import *
 
 METHODS = dict(epoch=lambda: ImportanceCB(keep=.3, gate=None), batch=lambda: ImportanceCB(keep=.3, gate=None, seat='batch'),
-    loss=lambda: ImportanceCB(keep=.3, gate=None, seat='loss'), filter=lambda: BatchLossFilter(.6, gate=None))
+    two_stages=lambda: ImportanceCB(limit=50., floor=.1, least=1), loss=lambda: ImportanceCB(keep=.3, gate=None, seat='loss'), filter=lambda: BatchLossFilter(.6, gate=None))
 
 class Raise(Callback):
     "Raise `ex` at `event` of the `at`-th batch of the second epoch"
@@ -86,7 +86,7 @@ def test_a_loaders_own_get_idxs_stays():
     (lambda: ImportanceCB(keep=True), 'keep=True'), (lambda: ImportanceCB(keep=float('nan')), 'keep=nan'),
     (lambda: ImportanceCB(score='gradient'), "score='gradient'"), (lambda: ImportanceCB(bias=-1), 'bias=-1'), (lambda: ImportanceCB(smooth=2), 'smooth=2'),
     (lambda: ImportanceCB(smooth=0), 'smooth=0'), (lambda: ImportanceCB(gate='on'), "gate='on'"), (lambda: ImportanceCB(gate=0), 'gate=0'),
-    (lambda: ImportanceCB(seat='window'), "seat='window'"), (lambda: ImportanceCB(limit=1), 'limit=1'), (lambda: ImportanceCB(floor=0), 'floor=0'), (lambda: ImportanceCB(least=0), 'least=0'), (lambda: ImportanceCB(least=1.5), 'least=1.5'), (lambda: ImportanceCB(costs=(1, 0)), 'costs=(1, 0)'),
+    (lambda: ImportanceCB(seat='window'), "seat='window'"), (lambda: ImportanceCB(limit=1), 'limit=1'), (lambda: ImportanceCB(floor=0), 'floor=0'), (lambda: ImportanceCB(least=0), 'least=0'), (lambda: ImportanceCB(least=1.5), 'least=1.5'), (lambda: ImportanceCB(prefilter=0), 'prefilter=0'), (lambda: ImportanceCB(costs=(1, 0)), 'costs=(1, 0)'),
     (lambda: BatchLossFilter(-1), 'loss_perc=-1'), (lambda: BatchLossFilter(.5, 1.5), 'min_sample_perc=1.5'), (lambda: BatchLossFilter(gate=.5), 'gate=0.5'),
     (lambda: BatchLossFilter(seat='epoch'), "seat='epoch'")))
 def test_bad_values(make, words):

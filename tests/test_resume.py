@@ -3,7 +3,7 @@ import pytest, torch
 from helpers import *
 
 METHODS = dict(epoch=lambda: ImportanceCB(keep=.3, gate=None), auto=lambda: ImportanceCB(limit=1.5), batch=lambda: ImportanceCB(limit=1.5, seat='batch', gate=None),
-    loss=lambda: ImportanceCB(limit=1.5, seat='loss'), filter=lambda: BatchLossFilter(.6, gate=None), filter_auto=lambda: BatchLossFilter(.8),
+    two_stages=lambda: ImportanceCB(limit=50., floor=.1, least=1), loss=lambda: ImportanceCB(limit=1.5, seat='loss'), filter=lambda: BatchLossFilter(.6, gate=None), filter_auto=lambda: BatchLossFilter(.8),
     filter_loss=lambda: BatchLossFilter(.6, seat='loss'))
 
 class Chosen(Callback):

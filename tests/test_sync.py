@@ -17,7 +17,8 @@ HERE = str(Path(fastai_is.__file__).parent)
 METHODS = {
     "batch": lambda: ImportanceCB(keep=1/3, seat="batch", gate=None), "batch, gate": lambda: ImportanceCB(keep=1/3, seat="batch"),
     "batch, loss": lambda: ImportanceCB("loss", keep=1/3, seat="batch", gate=None), "last layer": lambda: ImportanceCB("last_layer", keep=1/3, seat="batch", gate=None),
-    "loss seat": lambda: ImportanceCB(keep=1/3, seat="loss", gate=None), "epoch": lambda: ImportanceCB(keep=1/3, gate=None), "auto": ImportanceCB}
+    "loss seat": lambda: ImportanceCB(keep=1/3, seat="loss", gate=None), "epoch": lambda: ImportanceCB(keep=1/3, gate=None), "auto": ImportanceCB,
+    "two stages": lambda: ImportanceCB(limit=50., floor=.1, least=1)}
 
 def ours(): return [f"{f.filename[len(HERE)+1:]}:{f.lineno} {f.line}" for f in traceback.extract_stack() if f.filename.startswith(HERE)]
 

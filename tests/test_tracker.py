@@ -16,7 +16,7 @@ class Halves(SelectionCB):
 
 METHODS = dict(plain=lambda: None, epoch=lambda: ImportanceCB(keep=.3, gate=None), batch=lambda: ImportanceCB(keep=.3, gate=None, seat='batch'),
     loss=lambda: ImportanceCB(keep=.3, gate=None, seat='loss'), auto=lambda: ImportanceCB(), auto_batch=lambda: ImportanceCB(keep=.4, seat='batch', gate=1.01),
-    keep_all=lambda: ImportanceCB(keep=1), filter=lambda: BatchLossFilter(.6, gate=None), filter_loss=lambda: BatchLossFilter(.6, gate=None, seat='loss'),
+    two_stages=lambda: ImportanceCB(limit=50., floor=.1, least=1), keep_all=lambda: ImportanceCB(keep=1), filter=lambda: BatchLossFilter(.6, gate=None), filter_loss=lambda: BatchLossFilter(.6, gate=None, seat='loss'),
     filter_auto=lambda: BatchLossFilter(.8), queue=Halves,
     pool=lambda: ImportanceCB(pool=3, gate=None, seat='batch'), selective=SelectiveBackprop)
 

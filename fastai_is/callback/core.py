@@ -59,13 +59,14 @@ class ScoreStore:
         return self.values[self.values.isfinite()]
     def clear(self): self.values = torch.empty(0)
 
-# %% ../../nbs/10_callback.core.ipynb #aa88f0e4
+# %% ../../nbs/10_callback.core.ipynb #0c90911c
 class Plan(NamedTuple):
     "What an epoch is to be trained on"
     ids:Tensor     # Dataset ids in the order of the epoch `[m]`
     weights:Tensor|None # Unbiased weights `[m]`; None for a plain mean over all of them
     bs:int         # Batch size; the last batch may be smaller
     window:int|None=None # Samples that a batch is chosen from, where it is a choice
+    refine:bool=False # Choose from each batch once more, by a fresh score? This needs weights
 
 class Ids:
     "The numbers of a tensor, as Python's, one part after the other: a list of a million takes its time and 50 MB"
@@ -189,7 +190,7 @@ def check_setting(
     "Raise a `ValueError` for a setting that makes no sense"
     if not ok: raise ValueError(f"{name}={value!r}: expected {what}.")
 
-# %% ../../nbs/10_callback.core.ipynb #be7bf424
+# %% ../../nbs/10_callback.core.ipynb #d16948df
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -253,7 +254,7 @@ class SelectionCB(Callback):
         self.n_ids,names = n,score_context(self.score)
         self.fit_state = SimpleNamespace(seat=self.seat, names=names, tap=make_tap(self.model, names, self.layer), follow=True, generators={},
             metrics=[ValueMetric(getattr(self, o), o) for o in self.columns],
-            loader=None, ids=None, weights=None, uniform=False, bs=0, n=0, full_bs=0, window=None, # the epoch's plan
+            loader=None, ids=None, weights=None, uniform=False, bs=0, n=0, full_bs=0, window=None, refine=False, # the epoch's plan
             trained=0, offered=0, steps=0, fresh=[], unread=[], queue=None, passed=[],       # what the epoch came to so far
             rows=None, w=None, scale=None, loss=None, scored=None, idxs=None, scores=None, stands_for=0, # the batch
             broken=False, warned=False, cancelled=False)
@@ -325,11 +326,11 @@ class SelectionCB(Callback):
         if drop_last: order = order[:len(order)//bs*bs]
         ids = _as_tensor(order)
         plan = self.plan(ids, bs) if len(ids) and not self.off and (s.seat=='epoch' or self.follows_ids) else None
-        s.n,s.full_bs,s.ids,s.bs,s.window,s.cancelled = len(ids),bs,ids,bs,None,False
+        s.n,s.full_bs,s.ids,s.bs,s.window,s.refine,s.cancelled = len(ids),bs,ids,bs,None,False,False
         if plan is None: return order,bs
-        s.ids,s.bs,s.window = plan.ids,plan.bs,plan.window
+        s.ids,s.bs,s.window,s.refine = plan.ids,plan.bs,plan.window,plan.refine
         if plan.weights is not None:
-            s.weights,s.uniform = plan.weights.to(next(self.model.parameters()).device),bool((plan.weights==1).all())
+            s.weights,s.uniform = plan.weights.to(next(self.model.parameters()).device),not plan.refine and bool((plan.weights==1).all())
         if self.on_select and (plan.weights is not None or len(s.ids)<s.n): self.on_select(self.learn, plan.ids, torch.ones(len(plan.ids)) if plan.weights is None else plan.weights, self.store.get(torch.arange(self.dl.n)))
         self._set_steps(-(-len(s.ids)//s.bs))
         return order if plan.ids is ids else Ids(plan.ids),plan.bs
@@ -366,6 +367,7 @@ class SelectionCB(Callback):
         s.offered += bs if s.ids is None else bs*s.n/len(s.ids)
         if self.learn.train_iter%10==0: self._look()
         if s.seat=='batch' and not self.off and self.is_on(bs): self._score_and_cut(bs)
+        elif s.refine and s.w is not None: self._refine(bs)
         elif s.queue is not None: self._add_waiting(bs)
         bs = find_bs(self.yb)
         s.trained += bs
@@ -397,6 +399,16 @@ class SelectionCB(Callback):
             s.w,s.idxs = sel.weights,sel.idxs
             if user_loss(self.loss_func) is self.loss_func: s.scale = loss_scale(res.loss, res.losses)
             self.learn.xb,self.learn.yb = take(self.xb, sel.idxs, bs),take(self.yb, sel.idxs, bs)
+
+    def _refine(self, bs):
+        "Choose from what was loaded by a fresh score of what each sample would contribute"
+        s = self.fit_state
+        s.scored = res = self.scoring_pass()
+        s.fresh.append((s.rows,res.scores))
+        sel = self.choose(res.scores*s.w)
+        s.w,s.idxs = s.w[sel.idxs]*sel.weights,sel.idxs
+        if self.on_select: self.on_select(self.learn, sel.idxs, s.w, res.scores)
+        self.learn.xb,self.learn.yb = take(self.xb, sel.idxs, bs),take(self.yb, sel.idxs, bs)
 
     def _enqueue(self, sel, bs):
         "Chosen samples wait until there is a batch of them, so that its size stays what it was. What is left trains when the fit ends; of two shapes, the larger part"
@@ -470,7 +482,7 @@ class SelectionCB(Callback):
         s = self.fit_state
         if s is None or self.off: return
         sel = None
-        if s.seat=='epoch' or (s.scored is None and (self.watches or s.seat=='loss')):
+        if s.scored is None and (s.seat=='epoch' or self.watches or s.seat=='loss'):
             with plain_tensors(), nullcontext() if s.tap else torch.no_grad():
                 s.scores = apply_score(self.score, self.pred, self.yb, self.loss_func, **tap_context(s.names, s.tap, self.xb, self.model))
             if s.seat=='epoch': s.fresh.append((s.rows,s.scores))

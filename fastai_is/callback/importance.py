@@ -17,8 +17,8 @@ from fastcore.basics import noop
 from fastcore.meta import delegates
 from fastai.torch_core import find_bs
 
-# %% ../../nbs/11_callback.importance.ipynb #56a449ab
-def _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, costs, pool, hold):
+# %% ../../nbs/11_callback.importance.ipynb #7e5918e9
+def _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, prefilter, costs, pool, hold):
     "Raise a `ValueError` that names what is wrong and the remedy"
     def named(v, *names): return v is None or isinstance(v, str) and v in names
     check_setting(keep is not None and named(keep, 'auto') or is_number(keep) and 0<keep<=1, 'keep', keep, "a share above 0 and up to 1, or 'auto'")
@@ -30,6 +30,7 @@ def _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, costs, 
     check_setting(is_number(limit) and limit>1, 'limit', limit, 'a number above 1, such as 1.1')
     check_setting(is_number(floor) and 0<floor<=1, 'floor', floor, 'a share above 0 and up to 1')
     check_setting(is_whole(least, 1), 'least', least, 'a whole number of samples, 1 or more, such as 32')
+    check_setting(is_whole(prefilter, 1), 'prefilter', prefilter, 'a whole number, 1 (no fresh scores) or more, such as 3')
     check_setting(costs is not None and named(costs, 'measured') or isinstance(costs, (tuple,list)) and len(costs)==2 and all(is_number(c) and c>0 for c in costs),
         'costs', costs, "two numbers above 0, forward and backward, or 'measured'")
     check_setting(is_whole(pool, 1), 'pool', pool, 'a whole number of batches, 1 (no pool) or more, such as 3')
@@ -39,7 +40,7 @@ def _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, costs, 
         check_setting(not on or seat=='batch', 'seat', seat, f"'batch' with {nm}={v!r}, where a scoring pass comes before each step")
         check_setting(not on or keep=='auto', 'keep', keep, f"'auto' with {nm}={v!r}, which says how much is kept (pool=n keeps 1/n); leave `keep` out")
 
-# %% ../../nbs/11_callback.importance.ipynb #6074998e
+# %% ../../nbs/11_callback.importance.ipynb #1dfc9637
 class ImportanceCB(SelectionCB):
     """Train on few important samples instead of many, with weights that make up for the choice. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is (in the loss seat: the mean loss).
@@ -56,15 +57,16 @@ class ImportanceCB(SelectionCB):
         limit:float=1.1, # Largest predicted variance, relative to training on everything, that 'auto' accepts
         floor:float=.1, # Smallest share that `keep='auto'` may come to
         least:int=32, # Samples of a step at least, over the epoch: what `keep='auto'` keeps of several batches is put together, up to the size of a batch
+        prefilter:int=3, # Over the epoch: for each sample that `keep='auto'` trains on, this many are loaded by remembered score, for a fresh score to choose from
         costs:tuple|str=(1.,2.), # Costs of a forward and a backward pass, for the gate in the batch seat; 'measured': by the clock, so that runs differ
         pool:int=1, # Batches that are scored for each one that is trained on, in the batch seat
         hold:str|None=None, # In the batch seat: keep the 'variance' by training on less as tau grows, or the 'time' of a step by scoring more
         **kwargs
     ):
-        _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, costs, pool, hold)
+        _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, prefilter, costs, pool, hold)
         super().__init__(score=score, seat=seat, **kwargs)
         self.keep,self.bias,self.smooth,self.gate,self.limit,self.floor,self.least = keep,bias,smooth,gate,limit,floor,least
-        self.costs,self.pool,self.hold = costs,pool,hold
+        self.prefilter,self.costs,self.pool,self.hold = prefilter,costs,pool,hold
         self.timer = None
 
     @property
@@ -100,14 +102,18 @@ class ImportanceCB(SelectionCB):
         sample = windows(m)[::max(1,len(ids)//m//256)] # a few hundred windows are enough to decide on
         k = self.number(self.store.get(sample) if len(self.store) else None, m)
         if k==m: return
+        load = k
         if self.keep=='auto': # a step of a handful of samples costs nearly as much as one of 32, and tells BatchNorm less
-            joined = max(1, min(-(-self.least//k), m//k, len(ids)//m))
-            m,k = joined*m,joined*k
+            if self.prefilter*k<m: load *= self.prefilter
+            joined,n = max(1, min(-(-self.least//k), m//k, len(ids)//m)),len(ids)//m
+            while self.dl.drop_last and 0<n%joined*m<joined*load: joined -= 1 # what is left over has to fill a batch
+            m,k,load = joined*m,joined*k,joined*load
+        s.share = k/load
         whole,tail = windows(m),ids[len(ids)//m*m:]
-        parts = [(w,o,k) for w,o in zip(whole.split(512), self.store.get(whole).split(512))]
-        if len(tail): parts.append((tail[None], self.store.get(tail[None]), k if self.dl.drop_last else min(k, max(min(2,len(tail)), round(k*len(tail)/m))))) # a short last batch would be dropped
-        sels = [(w,systematic(o, k, self.smooth, self.generator())) for w,o,k in parts]
-        return Plan(torch.cat([w.gather(1, s.idxs).flatten() for w,s in sels]), torch.cat([s.weights.flatten() for _,s in sels]), k, m)
+        parts = [(w,o,load) for w,o in zip(whole.split(512), self.store.get(whole).split(512))]
+        if len(tail): parts.append((tail[None], self.store.get(tail[None]), load if self.dl.drop_last else min(load, max(min(2,len(tail)), round(load*len(tail)/m))))) # a short last batch would be dropped
+        sels = [(w,systematic(o, n, self.smooth, self.generator())) for w,o,n in parts]
+        return Plan(torch.cat([w.gather(1, s.idxs).flatten() for w,s in sels]), torch.cat([s.weights.flatten() for _,s in sels]), load, m, refine=load>k)
 
     def _plan_pools(self, ids, n):
         "The loader's own order in batches of `n`. Where it drops what is short, the last pool is filled up with the first ids, so that none is lost"
