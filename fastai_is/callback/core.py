@@ -190,7 +190,7 @@ def check_setting(
     "Raise a `ValueError` for a setting that makes no sense"
     if not ok: raise ValueError(f"{name}={value!r}: expected {what}.")
 
-# %% ../../nbs/10_callback.core.ipynb #d16948df
+# %% ../../nbs/10_callback.core.ipynb #e8aa06da
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -209,7 +209,7 @@ class SelectionCB(Callback):
         seat:str='batch', # Where to select: 'epoch', 'batch' or 'loss'
         seats:tuple=('epoch','batch','loss'), # Seats that the method has
         layer:nn.Module|None=None, # The layer for scores that look into the model, such as the pre-activations' for 'upper_bound'
-        on_select:Callable|None=None # Called as `on_select(learn, idxs, weights, scores)` with each choice
+        on_select:Callable|None=None # Called as `on_select(learn, idxs, weights, scores)` with each choice, of dataset ids over an epoch, of positions in a batch
     ):
         if seat not in seats: raise ValueError(f"seat={seat!r}: expected one of {', '.join(map(repr, seats))}.")
         if not (layer is None or isinstance(layer, nn.Module)): raise TypeError(f"layer={layer!r}: expected one of the model's modules, such as `model[-2]`.")
@@ -254,7 +254,7 @@ class SelectionCB(Callback):
         self.n_ids,names = n,score_context(self.score)
         self.fit_state = SimpleNamespace(seat=self.seat, names=names, tap=make_tap(self.model, names, self.layer), follow=True, generators={},
             metrics=[ValueMetric(getattr(self, o), o) for o in self.columns],
-            loader=None, ids=None, weights=None, uniform=False, bs=0, n=0, full_bs=0, window=None, refine=False, # the epoch's plan
+            loader=None, ids=None, weights=None, uniform=False, bs=0, n=0, full_bs=0, window=None, refine=False, can_refine=True, # the epoch's plan
             trained=0, offered=0, steps=0, fresh=[], unread=[], queue=None, passed=[],       # what the epoch came to so far
             rows=None, w=None, scale=None, loss=None, scored=None, idxs=None, scores=None, stands_for=0, # the batch
             broken=False, warned=False, cancelled=False)
@@ -386,8 +386,9 @@ class SelectionCB(Callback):
 
     def scoring_pass(self)->Scored:
         "Score the batch, by default with the model as it is in evaluation"
+        res = score_batch(self.model, self.score, self.loss_func, self.xb, self.yb, layer=self.layer, names=self.fit_state.names, autocast=self._autocast(), after_pred=self._pred)
         self.counts['forwarded'] += find_bs(self.yb)
-        return score_batch(self.model, self.score, self.loss_func, self.xb, self.yb, layer=self.layer, names=self.fit_state.names, autocast=self._autocast(), after_pred=self._pred)
+        return res
 
     def _score_and_cut(self, bs):
         s = self.fit_state
@@ -403,9 +404,13 @@ class SelectionCB(Callback):
     def _refine(self, bs):
         "Choose from what was loaded by a fresh score of what each sample would contribute"
         s = self.fit_state
-        s.scored = res = self.scoring_pass()
+        try: s.scored = res = self.scoring_pass()
+        except Exception as e: # other callbacks may give the model what it cannot do without, after this one or in the middle of the training pass
+            s.refine = s.can_refine = False
+            return warn(f"No fresh scores could be had ({type(e).__name__}: {e}). Samples are chosen by remembered scores alone.")
         s.fresh.append((s.rows,res.scores))
         sel = self.choose(res.scores*s.w)
+        if sel is None: return
         s.w,s.idxs = s.w[sel.idxs]*sel.weights,sel.idxs
         if self.on_select: self.on_select(self.learn, sel.idxs, s.w, res.scores)
         self.learn.xb,self.learn.yb = take(self.xb, sel.idxs, bs),take(self.yb, sel.idxs, bs)

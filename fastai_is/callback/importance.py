@@ -40,7 +40,7 @@ def _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, prefilt
         check_setting(not on or seat=='batch', 'seat', seat, f"'batch' with {nm}={v!r}, where a scoring pass comes before each step")
         check_setting(not on or keep=='auto', 'keep', keep, f"'auto' with {nm}={v!r}, which says how much is kept (pool=n keeps 1/n); leave `keep` out")
 
-# %% ../../nbs/11_callback.importance.ipynb #1dfc9637
+# %% ../../nbs/11_callback.importance.ipynb #3bec77ef
 class ImportanceCB(SelectionCB):
     """Train on few important samples instead of many, with weights that make up for the choice. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is (in the loss seat: the mean loss).
@@ -51,13 +51,13 @@ class ImportanceCB(SelectionCB):
         score='upper_bound', # Name of a score ('upper_bound', 'loss', 'last_layer', 'grad_norm'), or a function `score(pred, *yb, loss_func)`
         keep:float|str='auto', # Share of the samples to train on, above 0 to 1; 'auto': the smallest whose predicted `inflation` is within `limit`
         bias:float=.5, # Exponent of the weights: 1 unbiased, 0 unweighted
-        smooth:float=.2, # Share of uniform probability mixed in; bounds the weights by `1/smooth`
+        smooth:float=.2, # Share of uniform probability mixed in; bounds the weights by `1/smooth`, and those of two stages by its square
         gate:float|str|None='auto', # When to select: 'auto' when it pays, above a threshold of tau, or None for always
         seat:str='epoch', # Where to select: 'epoch', 'batch' or 'loss'
         limit:float=1.1, # Largest predicted variance, relative to training on everything, that 'auto' accepts
         floor:float=.1, # Smallest share that `keep='auto'` may come to
         least:int=32, # Samples of a step at least, over the epoch: what `keep='auto'` keeps of several batches is put together, up to the size of a batch
-        prefilter:int=3, # Over the epoch: for each sample that `keep='auto'` trains on, this many are loaded by remembered score, for a fresh score to choose from
+        prefilter:int=3, # Over the epoch: for each sample that `keep='auto'` trains on, this many are loaded and scored anew, up to as many batches; 1: none is
         costs:tuple|str=(1.,2.), # Costs of a forward and a backward pass, for the gate in the batch seat; 'measured': by the clock, so that runs differ
         pool:int=1, # Batches that are scored for each one that is trained on, in the batch seat
         hold:str|None=None, # In the batch seat: keep the 'variance' by training on less as tau grows, or the 'time' of a step by scoring more
@@ -104,13 +104,13 @@ class ImportanceCB(SelectionCB):
         if k==m: return
         load = k
         if self.keep=='auto': # a step of a handful of samples costs nearly as much as one of 32, and tells BatchNorm less
-            if self.prefilter*k<m: load *= self.prefilter
-            joined,n = max(1, min(-(-self.least//k), m//k, len(ids)//m)),len(ids)//m
-            while self.dl.drop_last and 0<n%joined*m<joined*load: joined -= 1 # what is left over has to fill a batch
+            if self.prefilter*k<m and s.can_refine: load *= self.prefilter
+            joined = max(1, min(-(-self.least//k), m//k, len(ids)//m))
             m,k,load = joined*m,joined*k,joined*load
-        s.share = k/load
-        whole,tail = windows(m),ids[len(ids)//m*m:]
-        parts = [(w,o,load) for w,o in zip(whole.split(512), self.store.get(whole).split(512))]
+        s.share,at = k/load,len(ids)//m*m
+        if self.dl.drop_last and 0<len(ids)-at<load: at -= m # what is left over cannot fill a batch, and so belongs to the last one
+        whole,tail = ids[:at].view(-1,m),ids[at:]
+        parts = [(w,self.store.get(w),load) for w in whole.split(512) if len(w)]
         if len(tail): parts.append((tail[None], self.store.get(tail[None]), load if self.dl.drop_last else min(load, max(min(2,len(tail)), round(load*len(tail)/m))))) # a short last batch would be dropped
         sels = [(w,systematic(o, n, self.smooth, self.generator())) for w,o,n in parts]
         return Plan(torch.cat([w.gather(1, s.idxs).flatten() for w,s in sels]), torch.cat([s.weights.flatten() for _,s in sels]), load, m, refine=load>k)
