@@ -202,7 +202,7 @@ def no_trace(
             for m in flipped: vars(m)['training'] = not training
             for b,old in buffers: b.copy_(old)
 
-# %% ../nbs/01_scores.ipynb #2e9bcb61
+# %% ../nbs/01_scores.ipynb #0d9b2f5f
 class Scored(NamedTuple):
     "What a scoring pass found out about a batch"
     scores:Tensor # `[bs]`, the larger the more important
@@ -227,7 +227,8 @@ def score_batch(
     with plain_tensors(), no_trace(model, training):
         with tap or nullcontext(), autocast or nullcontext(): pred = to_float(after_pred(model(*xb))) # as `MixedPrecision` does
         scores = apply_score(score, pred, yb, loss_func, **tap_context(names, tap, xb, model))
-        return Scored(scores, raw_loss(loss_func, pred, *yb).detach().float(), loss_func(pred, *yb).detach().as_subclass(Tensor).float().mean())
+        losses = scores if score is loss_score else raw_loss(loss_func, pred, *yb).detach().float()
+        return Scored(scores, losses, loss_func(pred, *yb).detach().as_subclass(Tensor).float().mean())
 
 def make_tap(model, names, layer=None):
     "A `LayerTap` if a score that declares `names` needs one, else None"
