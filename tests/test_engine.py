@@ -201,18 +201,18 @@ def test_auto_keeps_all_at_first_and_less_later():
     assert kept_by_epoch(ImportanceCB(limit=1.05))[-1] > k[-1] > kept_by_epoch(ImportanceCB(limit=3.))[-1]
     assert min(kept_by_epoch(ImportanceCB(limit=50., floor=.5))) >= .49
 
-@pytest.mark.parametrize('least,drop_last', ((1, False), (32, False), (32, True), (10**6, False), (10**6, True)))
-def test_what_is_kept_of_several_batches_makes_a_step(least, drop_last):
+@pytest.mark.parametrize('bs,floor,least,drop_last,k,window', ((64, .05, 1, False, 3, 64), (64, .05, 32, False, 33, 704), (64, .05, 32, True, 33, 704), (64, .05, 10**6, False, 64, 1365),
+    (64, .05, 10**6, True, 64, 1365), (32, .6, 32, False, 32, 54), (32, .6, 32, True, 32, 54), (16, .4, 32, True, 16, 43), (64, .6, 32, False, 38, 64)))
+def test_what_is_kept_of_several_batches_makes_a_step(bs, floor, least, drop_last, k, window):
     "Steps have `least` samples or as many as a batch, all but the last one; none comes twice, weights add up, and every sample is in reach of the plan"
     plans = []
-    learn, w = run_epochs(ImportanceCB(least=least, limit=50., floor=.05, prefilter=1, on_select=lambda l, i, w, s: plans.append((i, w))), 4, n=2000, drop_last=drop_last)
-    n, k = len(learn.dls.train_ds)//64*64 if drop_last else len(learn.dls.train_ds), round(.05*64)
+    learn, w = run_epochs(ImportanceCB(least=least, limit=50., floor=floor, prefilter=1, on_select=lambda l, i, w, s: plans.append((i, w))), 4, n=2000, bs=bs, drop_last=drop_last)
+    n = len(learn.dls.train_ds)//bs*bs if drop_last else len(learn.dls.train_ds)
     for (ids, weights), batches in zip(plans, w.ids[1:], strict=True): # the first epoch is whole
         sizes = [len(b) for b in batches]
-        joined = max(1, min(-(-least//k), 64//k))
-        assert set(sizes[:-1]) == {k*joined} and sizes[-1] <= k*joined and len(sizes) == -(-n//(64*joined))
+        assert set(sizes[:-1]) == {k} and sizes[-1] <= k and len(sizes) in ({n//window, -(-n//window)} if drop_last else {-(-n//window)})
         assert sum(batches, []) == ids.tolist() and len(ids.unique()) == len(ids)
-        if sizes[-1] == k*joined or not drop_last: assert abs(weights.mean()-1) < .1
+        if sizes[-1] == k or not drop_last: assert abs(weights.mean()-1) < .1
     assert learn.pct_train == pytest.approx(1.)
 
 @pytest.mark.parametrize('kw,k,load', ((dict(), 33, 99), (dict(drop_last=True), 33, 99), (dict(bs=16, drop_last=True), 16, 48), (dict(n=768, drop_last=True), 33, 99), (dict(n=700, drop_last=True), 30, 90), (dict(n=1500, drop_last=True), 33, 99),

@@ -40,7 +40,7 @@ def _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, prefilt
         check_setting(not on or seat=='batch', 'seat', seat, f"'batch' with {nm}={v!r}, where a scoring pass comes before each step")
         check_setting(not on or keep=='auto', 'keep', keep, f"'auto' with {nm}={v!r}, which says how much is kept (pool=n keeps 1/n); leave `keep` out")
 
-# %% ../../nbs/11_callback.importance.ipynb #3bec77ef
+# %% ../../nbs/11_callback.importance.ipynb #cbfcc29e
 class ImportanceCB(SelectionCB):
     """Train on few important samples instead of many, with weights that make up for the choice. With `bias=1` the gradient estimate is unbiased.
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is (in the loss seat: the mean loss).
@@ -56,7 +56,7 @@ class ImportanceCB(SelectionCB):
         seat:str='epoch', # Where to select: 'epoch', 'batch' or 'loss'
         limit:float=1.1, # Largest predicted variance, relative to training on everything, that 'auto' accepts
         floor:float=.1, # Smallest share that `keep='auto'` may come to
-        least:int=32, # Samples of a step at least, over the epoch: what `keep='auto'` keeps of several batches is put together, up to the size of a batch
+        least:int=32, # Samples of a step at least, over the epoch, but no more than a batch has: what `keep='auto'` keeps of several batches, or parts of them, is put together
         prefilter:int=3, # Over the epoch: for each sample that `keep='auto'` trains on, this many are loaded and scored anew, up to as many batches; 1: none is
         costs:tuple|str=(1.,2.), # Costs of a forward and a backward pass, for the gate in the batch seat; 'measured': by the clock, so that runs differ
         pool:int=1, # Batches that are scored for each one that is trained on, in the batch seat
@@ -104,9 +104,10 @@ class ImportanceCB(SelectionCB):
         if k==m: return
         load = k
         if self.keep=='auto': # a step of a handful of samples costs nearly as much as one of 32, and tells BatchNorm less
-            if self.prefilter*k<m and s.can_refine: load *= self.prefilter
-            joined = max(1, min(-(-self.least//k), m//k, len(ids)//m))
-            m,k,load = joined*m,joined*k,joined*load
+            joined,least = max(1, min(-(-self.least//k), m//k, len(ids)//m)),min(self.least, m)
+            if joined*k>=least or round(m*least/k)>len(ids): m,k = joined*m,joined*k
+            else: m,k = round(m*least/k),least # with a part of the next batch
+            load = self.prefilter*k if self.prefilter*k<m and s.can_refine else k
         s.share,at = k/load,len(ids)//m*m
         if self.dl.drop_last and 0<len(ids)-at<load: at -= m # what is left over cannot fill a batch, and so belongs to the last one
         whole,tail = ids[:at].view(-1,m),ids[at:]
