@@ -134,7 +134,7 @@ SETTINGS = dict(mnist=(128,6.4e-2), cifar10=(32,2e-2))
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--data', default='mnist', help='mnist or cifar10')
+    p.add_argument('--data', default='mnist', help='mnist, fashion_mnist or cifar10')
     p.add_argument('--n', type=int, default=None, help='training samples; all by default')
     p.add_argument('--epochs', type=int, default=8, help='epochs of each idea; plain training has 1/4, 1/2, 3/4 and all of them')
     p.add_argument('--seeds', type=int, default=2, help='how many')

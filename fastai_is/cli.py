@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../nbs/30_cli.ipynb #05d8015a
+# %% ../nbs/30_cli.ipynb #e3dd12a7
 import argparse, shlex, sys, time
 import fastai_is
 
-# %% ../nbs/30_cli.ipynb #a3da8bf4
+# %% ../nbs/30_cli.ipynb #0ea64994
 def _numbers(s):
     try: return [int(o) for o in s.split(',')]
     except ValueError: raise argparse.ArgumentTypeError(f'{s!r}: expected whole numbers with commas between them, such as 1,2,4,8') from None
@@ -28,7 +28,7 @@ def parser()->argparse.ArgumentParser:
     b = sub.add_parser('bench', formatter_class=argparse.ArgumentDefaultsHelpFormatter, help='the speed-up of methods over plain training, at matched accuracy',
         description='Train by several methods at several budgets, and tell how much sooner each reaches the accuracy of plain training, at its best batch size and '
         'learning rate. Goes on where it was interrupted. Saves runs.parquet, table.md and frontier.png.')
-    b.add_argument('--data', default='mnist', help='mnist or cifar10')
+    b.add_argument('--data', default='mnist', help='mnist, fashion_mnist or cifar10')
     b.add_argument('--methods', default='plain,importance,blf', help='with commas between them, out of plain, random, importance, blf, sb, stale_sb, kath18_3, kath18_5, '
         'infobatch, online_batch, prioritized; plain and random are always run, and random keeps as much as the first of the others')
     b.add_argument('--budgets', type=_numbers, default='1,2,4,8', help='epochs, with commas between them; the learning rate is decayed to zero in each')
@@ -42,7 +42,7 @@ def parser()->argparse.ArgumentParser:
     n.add_argument('--full', action='store_true', help='the full run, as the notebooks were saved; else a small one, which takes a minute or so each')
     return p
 
-# %% ../nbs/30_cli.ipynb #f13e98a3
+# %% ../nbs/30_cli.ipynb #a0816519
 def main(
     argv:list|None=None # Arguments; those of the process when None
 )->int: # Exit code

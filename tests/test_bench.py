@@ -363,7 +363,7 @@ def test_picture_has_everything():
     (dict(methods='plain'), "methods='plain': expected a list"), (dict(methods=['random']), 'one more method'),
     (dict(methods=dict(plain=ImportanceCB)), 'another name'), (dict(methods=dict(random=ImportanceCB)), 'another name'),
     (dict(methods=dict(ours=None)), "methods['ours']=None"), (dict(methods=dict(ours=3)), "methods['ours']=3"),
-    (dict(problem='imagenet'), "problem='imagenet': expected one of mnist, cifar10"), (dict(problem=None), 'problem=None'),
+    (dict(problem='imagenet'), "problem='imagenet': expected one of mnist, fashion_mnist, cifar10"), (dict(problem=None), 'problem=None'),
     (dict(n=100), 'n=100: expected None'), (dict(seeds=0), 'seeds=0'), (dict(batch_sizes=(0,)), 'batch_sizes=(0,)'),
     (dict(budgets=()), 'budgets=()'), (dict(budgets=(0, 1)), 'budgets=(0, 1)'), (dict(budgets=(1, 1)), 'budgets=(1, 1)'),
     (dict(budgets=(1.5,)), 'budgets=(1.5,)'), (dict(rates=(0,)), 'rates=(0,)'), (dict(rates=()), 'rates=()')))
@@ -389,6 +389,20 @@ def test_mnist_problem():
     assert (len(learn.dls.train_ds), len(learn.dls.valid_ds), learn.dls.train.bs) == (200, 50, 32)
     res = fit_once(learn, 1, p.lr)
     assert res['forwarded'] == 192 and 0 <= res['accuracy'] <= 100
+
+def test_fashion_mnist_problem(monkeypatch, tmp_path):
+    monkeypatch.setenv('FASTAI_IS_DATA', str(tmp_path))
+    monkeypatch.setattr(bench, 'fashion_mnist', partial(bench.fashion_mnist, download=False))
+    with pytest.raises(FileNotFoundError, match='FashionMNIST/raw'): bench.PROBLEMS['fashion_mnist']()
+    raw = tmp_path/'FashionMNIST'/'raw'
+    raw.mkdir(parents=True)
+    for part,n in dict(train=100, t10k=20).items():
+        for o,t in {'images-idx3':torch.randint(256, (n,28,28)), 'labels-idx1':torch.arange(n)%10}.items():
+            head = bytes([0,0,8,t.ndim])+b''.join(d.to_bytes(4, 'big') for d in t.shape)
+            (raw/f'{part}-{o}-ubyte').write_bytes(head+t.byte().numpy().tobytes())
+    p = bench.PROBLEMS['fashion_mnist'](n=50, n_valid=20)
+    assert (p.name, p.model) == ('Fashion-MNIST', 'small_convnet')
+    assert fit_once(p.make(10), 1, p.lr)['forwarded'] == 50
 
 @pytest.mark.skipif(not has_cifar10(), reason='CIFAR-10 is not on this machine')
 def test_cifar10_problem():

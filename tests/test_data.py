@@ -1,4 +1,4 @@
-"MNIST and CIFAR-10: where they come from, what a batch is, and what happens when data or network are broken."
+"MNIST, Fashion-MNIST and CIFAR-10: where they come from, what a batch is, and what happens when data or network are broken."
 import functools, gzip, hashlib, http.server, io, os, pickle, random, re, shutil, socket, tarfile, tempfile, threading, time, warnings
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from fasttransform import Transform
 import matplotlib.pyplot as plt
 
 from fastai_is import data
-from fastai_is.data import ImageTensors, TensorDL, balanced_ids, cifar10, has_cifar10, mnist, tensor_dls
+from fastai_is.data import ImageTensors, TensorDL, balanced_ids, cifar10, fashion_mnist, has_cifar10, mnist, tensor_dls
 
 ASSETS = Path(data.__file__).parent/"assets"
 NOWHERE = "http://127.0.0.1:9/"  # a port that refuses
@@ -34,7 +34,7 @@ def use_home(mp, folder):
     mp.setenv("no_proxy", "*")
     mp.setattr(tempfile, "tempdir", str(folder/"tmp"))
     mp.setattr(data, "_failed", {})
-    mp.setattr(data.MNIST, "mirrors", [NOWHERE])
+    for o in (data.MNIST, data.FashionMNIST): mp.setattr(o, "mirrors", [NOWHERE])
     mp.setattr(data, "download_url", functools.partial(pytest.fail, "a download of CIFAR-10"))
     fastai_cfg.cache_clear()
 
@@ -65,8 +65,8 @@ def mnist_files(n_train=40, n_valid=20):
         yield f"{part}-images-idx3-ubyte", idx_bytes(torch.randint(0, 256, (n,28,28), generator=g))
         yield f"{part}-labels-idx1-ubyte", idx_bytes(torch.arange(n)%10)
 
-def write_mnist(root, **kwargs):
-    raw = root/"MNIST"/"raw"
+def write_mnist(root, name="MNIST", **kwargs):
+    raw = root/name/"raw"
     raw.mkdir(parents=True)
     for name,content in mnist_files(**kwargs): (raw/name).write_bytes(content)
     return raw
@@ -398,14 +398,14 @@ def silent():
     yield make
     for s in socks: s.close()
 
-def fill_mirror(monkeypatch, folder, **kwargs):
-    "MNIST's archives in `folder`, and torchvision's checksums made to match."
+def fill_mirror(monkeypatch, folder, name="MNIST", **kwargs):
+    "The archives of `name` in `folder`, and torchvision's checksums made to match."
     res = []
-    for name,content in mnist_files(**kwargs):
+    for f,content in mnist_files(**kwargs):
         b = gzip.compress(content)
-        (folder/f"{name}.gz").write_bytes(b)
-        res.append((f"{name}.gz", hashlib.md5(b).hexdigest()))
-    monkeypatch.setattr(data.MNIST, "resources", res)
+        (folder/f"{f}.gz").write_bytes(b)
+        res.append((f"{f}.gz", hashlib.md5(b).hexdigest()))
+    monkeypatch.setattr(getattr(data, name), "resources", res)
 
 def test_download(home, monkeypatch, server, capsys):
     folder,url = server
@@ -479,6 +479,36 @@ def test_no_place_to_write(home, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(data, "_own_folders", lambda: [home/"data"])
     assert mnist().name == "MNIST sample"
     assert "Not" in capsys.readouterr().out
+
+
+# Fashion-MNIST
+
+def test_fashion_mnist(home, monkeypatch, tmp_path):
+    "Read where torchvision keeps it, never MNIST in its place, with the names of clothes"
+    write_mnist(home/"data", n_train=30)
+    write_mnist(home/"data", name="FashionMNIST", n_train=50)
+    dls = fashion_mnist(download=False)
+    assert len(dls.train_ds) == 50 and len(mnist(download=False).train_ds) == 30 and dls.name == "Fashion-MNIST"
+    assert dls.vocab[9] == "Ankle boot" and dls.c == 10
+    raw = write_mnist(tmp_path/"arg", name="FashionMNIST", n_train=70)
+    assert len(fashion_mnist(data=tmp_path/"arg").train_ds) == 70
+    cut(raw, "train-images-idx3-ubyte")
+    with pytest.warns(UserWarning, match="FashionMNIST in .* is not whole"), pytest.raises(FileNotFoundError, match="FashionMNIST/raw"): fashion_mnist(data=tmp_path/"arg")
+
+def test_fashion_mnist_download(home, monkeypatch, server):
+    folder,url = server
+    fill_mirror(monkeypatch, folder, "FashionMNIST")
+    monkeypatch.setattr(data.FashionMNIST, "mirrors", [url])
+    assert len(fashion_mnist().train_ds) == 40
+    shutil.rmtree(folder)
+    assert len(fashion_mnist(download=False).train_ds) == 40, "kept for the next time"
+
+def test_no_fashion_mnist(home, tmp_path):
+    "No digits in the place of clothes: an error that says why, and what to do"
+    write_mnist(home/"data")
+    with pytest.raises(FileNotFoundError, match="refused.*FashionMNIST/raw.*FASTAI_IS_DATA"): fashion_mnist()
+    with pytest.raises(FileNotFoundError, match="download=False"): fashion_mnist(download=False)
+    with pytest.raises(FileNotFoundError, match="FashionMNIST/raw"): fashion_mnist(data=tmp_path)
 
 
 # CIFAR-10
