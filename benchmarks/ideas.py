@@ -32,7 +32,7 @@ def forecast(before, after, weights, bins=32):
 
 class Idea(ImportanceCB):
     "`ImportanceCB` with what is being tried. In one stage, unless it is said to be two"
-    def __init__(self, first=1., by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, lr_power=0., refresh=False,
+    def __init__(self, first=1., by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, lr_power=0., lr_times=1., refresh=False,
             forecasts=False, prefilter=1, **kwargs):
         super().__init__(prefilter=prefilter, **kwargs)
         self.first = first           # share of each batch in the first epoch of several, by chance
@@ -43,6 +43,7 @@ class Idea(ImportanceCB):
         self.grow = grow             # factor by which a score grows in each epoch in which its sample is not seen
         self.blind = blind           # choose by chance, as many as importance would
         self.lr_power = lr_power     # learning rate times share**lr_power
+        self.lr_times = lr_times     # learning rate times this
         self.refresh = refresh       # BatchNorm's running statistics anew at the end, from 4,096 samples
         self.forecasts = forecasts   # go by what scores like the remembered one turned out to be in the last epoch
         self.last,self.tight = None,self.limit
@@ -85,7 +86,8 @@ class Idea(ImportanceCB):
         return res
 
     def before_step(self):
-        if self.lr_power and self.fit_state.w is not None: self.opt.set_hyper('lr', float(self.opt.hypers[-1]['lr']*self.share**self.lr_power))
+        times = self.lr_times*(self.share**self.lr_power if self.fit_state.w is not None else 1)
+        if times!=1: self.opt.set_hyper('lr', float(self.opt.hypers[-1]['lr']*times))
 
     def after_train(self):
         super().after_train()
@@ -118,6 +120,10 @@ IDEAS = {
     'everything in the last eighth': dict(whole_from=.87),
     'scores of the unseen grow by 1.3 an epoch': dict(grow=1.3),
     'learning rate by the root of the share': dict(lr_power=.5),
+    'learning rate times 0.7': dict(lr_times=.7),
+    'learning rate times 1.5': dict(lr_times=1.5),
+    'learning rate times 2': dict(lr_times=2.),
+    'steps of 64, learning rate times 1.4': dict(least=64, lr_times=1.4),
     'BatchNorm statistics anew at the end': dict(refresh=True),
     'forecast scores': dict(forecasts=True, floor=.02),
     'forecast scores, limit 1.6, full weights': dict(forecasts=True, floor=.02, limit=1.6, smooth=.1, bias=1.),

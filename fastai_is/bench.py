@@ -84,7 +84,7 @@ def fashion_mnist_problem(
 )->Problem:
     """Fashion-MNIST and `small_convnet`. Raises a `ValueError` for a number of images that there are not, and a `FileNotFoundError` where there
     is no Fashion-MNIST"""
-    return _images(fashion_mnist, small_convnet, 3.2e-2, n, n_valid)
+    return _images(fashion_mnist, small_convnet, 6.4e-2, n, n_valid)
 
 def cifar10_problem(
     n:int|None=None, # Training images, class-balanced; all when None
