@@ -51,7 +51,7 @@ class Problem:
     lr:float # A good peak learning rate of the one-cycle schedule for batches of `bs`: the middle of those that are tried
     bs:int=128 # Batch size that `lr` is for
 
-# %% ../nbs/26_bench.ipynb #2251d845
+# %% ../nbs/26_bench.ipynb #35daef05
 def small_resnet(
     c_in:int=3, # Channels of the images
     n_out:int=10, # Classes
@@ -275,7 +275,7 @@ def tune(
     first = rank(timed)[0]
     return [first, next(o for o in [rank(grid)[0],*rank(timed),*rank(grid)] if o!=first)]
 
-# %% ../nbs/26_bench.ipynb #4d1b0c8e
+# %% ../nbs/26_bench.ipynb #28e95e56
 _units = ('seconds','cost')
 
 def _curves(tbl, unit):
@@ -332,8 +332,8 @@ def plot_frontier(
     title:str='Accuracy against cost' # Title of the picture
 )->plt.Figure:
     "Accuracy against seconds and against samples: plain training's settings and their frontier, and the methods, with standard deviations over seeds"
-    fig,axs = plt.subplots(1, 2, figsize=(12,4.6), sharey=True)
-    colors = {o:f'C{i%10}' for i,o in enumerate(tbl.method[tbl.method!='plain'].unique())}
+    fig,axs = plt.subplots(1, 2, figsize=(13.5,4.6), sharey=True)
+    colors = dict(zip(tbl.method[tbl.method!='plain'].unique(), cycle([f'C{i}' for i in range(10) if i!=7]))) # grey is plain training's
     for ax,unit,scale in zip(axs, _units, (1,1000)):
         curves,marks = _curves(tbl, unit),cycle('osv')
         accs = np.concatenate([a for _,a in curves])
@@ -350,7 +350,7 @@ def plot_frontier(
         ax.grid(alpha=.3, which='both')
     axs[0].set(xlabel='seconds of training', ylabel='accuracy on the validation set (%)')
     axs[1].set(xlabel='cost: (forwarded + 2 backpropagated)/3, in thousands of samples')
-    axs[1].legend(fontsize='small')
+    axs[1].legend(fontsize='small', loc='upper left', bbox_to_anchor=(1.01,1))
     fig.suptitle(title)
     fig.tight_layout()
     return fig
