@@ -136,7 +136,7 @@ IDEAS = {
     'two stages, twice as many first': dict(prefilter=2),
     'two stages, 5 times as many first': dict(prefilter=5),
 }
-SETTINGS = dict(mnist=(128,6.4e-2), cifar10=(32,2e-2))
+SETTINGS = dict(mnist=(128,6.4e-2), fashion_mnist=(128,6.4e-2), cifar10=(32,2e-2))
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
