@@ -16,9 +16,10 @@ from fastprogress.fastprogress import progress_bar
 
 from fastai_is.analysis import machine
 from fastai_is.bench import PROBLEMS, fit_once, markdown, summarise
+from fastai_is.callback.core import Plan
 from fastai_is.callback.importance import ImportanceCB
 from fastai_is.selection import systematic
-from fastai_is.variance import variance_ratio
+from fastai_is.variance import keep_within, variance_ratio
 
 
 def forecast(before, after, weights, bins=32):
@@ -33,8 +34,8 @@ def forecast(before, after, weights, bins=32):
 class Idea(ImportanceCB):
     "`ImportanceCB` with what is being tried. In one stage, unless it is said to be two"
     def __init__(self, first=1., by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, lr_power=0., lr_times=1., refresh=False,
-            forecasts=False, prefilter=1, **kwargs):
-        super().__init__(prefilter=prefilter, **kwargs)
+            forecasts=False, fresh=False, prefilter=1, **kwargs):
+        super().__init__(prefilter=prefilter, bf16=False, **kwargs) # scores in 32 bits, as when the first ideas were measured
         self.first = first           # share of each batch in the first epoch of several, by chance
         self.by_ratio = by_ratio     # bias=min(1, by_ratio/variance_ratio)
         self.tightens = tightens     # the limit at the beginning; it falls to `limit` at the end
@@ -46,7 +47,8 @@ class Idea(ImportanceCB):
         self.lr_times = lr_times     # learning rate times this
         self.refresh = refresh       # BatchNorm's running statistics anew at the end, from 4,096 samples
         self.forecasts = forecasts   # go by what scores like the remembered one turned out to be in the last epoch
-        self.last,self.tight = None,self.limit
+        self.fresh = fresh           # in the first epoch of several, choose within each batch by a fresh score, where that pays
+        self.last,self.tight,self.share = None,self.limit,1.
 
     def number(self, windows, n):
         k = super().number(windows, n)
@@ -57,6 +59,7 @@ class Idea(ImportanceCB):
     def plan(self, ids, bs):
         pct,known = self.epoch/self.n_epoch,len(self.store)>0
         if pct>=self.whole_from: return
+        if self.fresh and not known and self.n_epoch>1: return Plan(ids, torch.ones(len(ids)), bs, bs, refine=True)
         if not known: res = super().plan(ids, bs)
         else:
             vals = torch.full((self.n_ids,), torch.nan)
@@ -84,6 +87,14 @@ class Idea(ImportanceCB):
             self.store.values = vals
         self.last = res if known else None
         return res
+
+    def before_batch(self):
+        s = self.fit_state
+        if s and self.fresh and not len(self.store) and self.learn.train_iter%10==0:
+            rows = [o for _,o in s.fresh[-10:] if len(o)==s.full_bs]
+            s.share = keep_within(torch.stack(rows).cpu(), self.limit, self.smooth, self.floor)/s.full_bs if rows else 1.
+            s.refine = s.share<.6 # scoring a batch costs a third of training on it
+        super().before_batch()
 
     def before_step(self):
         times = self.lr_times*(self.share**self.lr_power if self.fit_state.w is not None else 1)
@@ -135,6 +146,10 @@ IDEAS = {
     'two stages, limit 1.3': dict(prefilter=3, limit=1.3),
     'two stages, twice as many first': dict(prefilter=2),
     'two stages, 5 times as many first': dict(prefilter=5),
+    'two stages, no weights': dict(prefilter=3, bias=0.),
+    'two stages, two thirds of the first epoch': dict(prefilter=3, first=2/3),
+    'two stages, a fresh choice in the first epoch': dict(prefilter=3, fresh=True),
+    'two stages, a fresh choice in the first epoch, no weights': dict(prefilter=3, fresh=True, bias=0.),
 }
 SETTINGS = dict(mnist=(128,6.4e-2), fashion_mnist=(128,6.4e-2), cifar10=(32,2e-2))
 
@@ -149,6 +164,7 @@ if __name__=='__main__':
     args = p.parse_args()
     torch.set_num_threads(1)
     bs,lr = SETTINGS[args.data]
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     problem,out = PROBLEMS[args.data](args.n),Path(args.out)/f"ideas_{args.data}{f'_{args.n}' if args.n else ''}.csv"
     chosen = [list(IDEAS)[int(o)] for o in args.only.split(',')] if args.only else list(IDEAS)
     turns = [('plain',round(args.epochs*o)) for o in (1/4,1/2,3/4,1)]+[(o,args.epochs) for o in chosen]

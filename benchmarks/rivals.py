@@ -27,7 +27,8 @@ before the first. A rival that is not there is listed with the reason, and all o
   each class.
 - Opacus takes no BatchNorm that is trained. There, BatchNorm's own parameters are frozen for both; a further row has ours with them.
 
-tsai and Composer score in training mode (so that BatchNorm's running statistics see each batch twice), ours and the ideal in evaluation mode.
+tsai and Composer score in training mode (so that BatchNorm's running statistics see each batch twice), ours and the ideal in evaluation mode. Ours scores
+in bfloat16 where the processor is made for it; rows of their own have it in 32 bits, as all others do, and so do the targets.
 
 Install the rivals in an environment of their own that has fastai_is. tsai asks for an older scikit-learn and Composer for older releases of torch,
 NumPy and Pillow, but what is measured here runs with newer ones, so that all have the same torch. `pip` warns of the pins, and no more:
@@ -46,6 +47,7 @@ import fastai, numpy as np, torch
 from fastai.vision.all import *
 from fastai_is.all import *
 from fastai_is.gradnorm import grad_norms
+from fastai_is.scores import fast_bf16
 
 ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 ap.add_argument('--rounds', type=int, default=15)
@@ -214,13 +216,16 @@ def with_datacull(norm, dls, folder):
         return np.nan,epochs[-1],sizes
     return f
 
-OURS,BLF,TSAI,COMPOSER,HAND,HAND_FASTAI = 'ImportanceCB','our BatchLossFilter','tsai','Composer','ideal (a), by hand','ideal (b), by hand in fastai'
+OURS,OURS32,BLF,BLF32,TSAI,COMPOSER,HAND,HAND_FASTAI = 'ImportanceCB','ImportanceCB, scored in 32 bits','our BatchLossFilter','our BatchLossFilter, scored in 32 bits','tsai','Composer','ideal (a), by hand','ideal (b), by hand in fastai'
 EPOCH,DATACULL,PLAIN = 'ImportanceCB, epoch seat','datacull RCAP','plain fastai'
 
 def batch_ways(norm, dls):
     ways = {HAND:by_hand(norm, dls), HAND_FASTAI:in_fastai(norm, dls, IdealStep()),
         OURS:in_fastai(norm, dls, ImportanceCB(keep=K/BS, seat='batch', gate=None)),
         BLF:in_fastai(norm, dls, BatchLossFilter(0., min_sample_perc=K/BS, gate=None))}
+    if fast_bf16(device):
+        ways[OURS32] = in_fastai(norm, dls, ImportanceCB(keep=K/BS, seat='batch', gate=None, bf16=False))
+        ways[BLF32] = in_fastai(norm, dls, BatchLossFilter(0., min_sample_perc=K/BS, gate=None, bf16=False))
     if get('tsai'): ways[TSAI] = in_fastai(norm, dls, get('tsai')(loss_perc=(K+.5)/BS), Levelled())
     if get('mosaicml'): ways[COMPOSER] = in_fastai(norm, dls, ComposerStep())
     return {**ways, PLAIN:in_fastai(norm, dls)}
@@ -273,11 +278,11 @@ for net,norm in nets.items():
     seconds[net] = ts = alternate(batch_ways(norm, loaders['as they come']), 0)
     head(net, 'ms', 'over ideal (a)', 'ImportanceCB over it')
     for k,t in ts.items(): row(k, f'{1e3*np.median(t):.2f}', ratio(t, ts[HAND]), ratio(ts[OURS], t))
-    for k in (TSAI,COMPOSER):
-        if k in ts:
-            target(f'step of ImportanceCB over {k}, {net}', ts[OURS], ts[k], most=1)
-            target(f'step of our BatchLossFilter over {k}, {net}', ts[BLF], ts[k], most=1)
-    target(f'step of ImportanceCB over ideal (a), {net}', ts[OURS], ts[HAND], most=1.05)
+    for ours in (OURS,OURS32,BLF,BLF32):
+        if ours not in ts: continue
+        for k in (TSAI,COMPOSER):
+            if k in ts: target(f'step of {ours} over {k}, {net}', ts[ours], ts[k], most=1)
+        if ours in (OURS,OURS32): target(f'step of {ours} over ideal (a), {net}', ts[ours], ts[HAND], most=1.05)
 
 say('\n## 2. An epoch at a third')
 for kind,dls in loaders.items():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['score_funcs', 'context_names', 'plain_tensors', 'loss_score', 'upper_bound', 'get_score', 'score_context',
            'apply_score', 'last_layer', 'LayerTap', 'no_trace', 'Scored', 'score_batch', 'make_tap', 'tap_context',
-           'last_layer_norm']
+           'fast_bf16', 'last_layer_norm']
 
 # %% ../nbs/01_scores.ipynb #314b0851
 import inspect
@@ -239,6 +239,17 @@ def tap_context(names, tap, xb, model):
     vals = dict(xb=xb, model=model)
     if tap: vals.update(layer=tap.layer, hidden=tap.hidden, preact=tap.preact)
     return {n:vals[n] for n in names if n in vals}
+
+# %% ../nbs/01_scores.ipynb #891c7aa5
+def fast_bf16(
+    device:torch.device|str # Of the model
+)->bool:
+    "Does the processor have instructions for bfloat16, so that a forward pass takes less time than in 32 bits?"
+    device = torch.device(device)
+    if device.type=='cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type!='cpu' or not hasattr(torch.cpu, 'get_capabilities'): return False # of others it is not known
+    can = torch.cpu.get_capabilities()
+    return bool(can.get('avx512_bf16') or can.get('amx_bf16'))
 
 # %% ../nbs/01_scores.ipynb #a6307efd
 _budget = 2**25 # numbers to hold at a time

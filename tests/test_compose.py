@@ -1,4 +1,6 @@
-"Together with fastai's own callbacks and commands."
+"Together with fastai's own callbacks and commands; scoring passes in bfloat16."
+import warnings
+
 import pytest, torch
 from helpers import *
 from fastai.callback.fp16 import MixedPrecision
@@ -155,7 +157,7 @@ def test_two_inputs_and_a_dictionary():
 @pytest.mark.parametrize('seat', ('epoch', 'batch', 'loss'))
 def test_named_layer(seat):
     "Log-probabilities and NLLLoss score, and therefore train, like logits and cross-entropy"
-    def run(model, loss, **kw): return quiet_fit(make_learner(model=model, loss=loss), 3, ImportanceCB(keep=.3, gate=None, seat=seat, **kw))
+    def run(model, loss, **kw): return quiet_fit(make_learner(model=model, loss=loss), 3, ImportanceCB(keep=.3, gate=None, seat=seat, bf16=False, **kw))
     set_seed(0); net = make_net()
     logits = run(deepcopy(net), nn.CrossEntropyLoss())
     other = deepcopy(net)
@@ -199,3 +201,79 @@ def test_a_list_with_an_entry_for_each_sample():
     for seat in ('epoch', 'batch', 'loss'):
         learn = quiet_fit(make_learner(dls, model=Net()), 6, ImportanceCB(keep=.3, gate=None, seat=seat))
         assert learn.recorder.values[-1][2] > .7
+
+# Scoring in bfloat16
+SCORED = dict(batch=METHODS['batch'], two_stages=METHODS['two_stages'], filter=METHODS['filter'],
+    selective=lambda: SelectiveBackprop(2, start=0.), pool=lambda: ImportanceCB(pool=3, gate=None, seat='batch'))
+
+def passes(learn):
+    "Types of the predictions of scoring passes, and of training passes, from here on"
+    seen = {False:[], True:[]}
+    learn._do_epoch_validate = noop
+    learn.model[-1].register_forward_hook(lambda m, i, o: seen[m.training].append(o.dtype))
+    return seen
+
+@pytest.mark.parametrize('method', SCORED)
+@pytest.mark.parametrize('can', (False, True))
+@pytest.mark.parametrize('bf16', (None, False, True))
+def test_scoring_passes_run_in_bfloat16_where_that_is_faster_or_asked_for(method, can, bf16, monkeypatch):
+    "And training never does"
+    monkeypatch.setattr('fastai_is.callback.core.fast_bf16', lambda device: can)
+    learn, cb = make_learner(), SCORED[method]()
+    cb.bf16, seen = bf16, passes(learn)
+    quiet_fit(learn, 4, cb)
+    assert seen[False] and set(seen[False]) == {torch.bfloat16 if (can if bf16 is None else bf16) else torch.float32}
+    assert seen[True] and set(seen[True]) == {torch.float32} and {p.dtype for p in learn.model.parameters()} == {torch.float32}
+    assert not torch.is_autocast_enabled('cpu')
+
+def test_numbers_of_another_size_are_left_alone(monkeypatch):
+    monkeypatch.setattr('fastai_is.callback.core.fast_bf16', lambda device: True)
+    class Double(Callback):
+        order = -20
+        def before_batch(self): self.learn.xb = tuple(x.double() for x in self.xb)
+    learn = make_learner(model=make_net().double())
+    seen = passes(learn)
+    quiet_fit(learn, 2, [Double(), METHODS['batch']()])
+    assert set(seen[False]) == set(seen[True]) == {torch.float64}
+
+class NotInBF16(nn.Module):
+    "As an operation that there is in 32 bits only"
+    def __init__(self):
+        super().__init__()
+        self.refused = 0
+    def forward(self, x):
+        if torch.is_autocast_enabled('cpu'):
+            self.refused += 1
+            raise NotImplementedError("not for BFloat16")
+        return x
+
+@pytest.mark.parametrize('method', SCORED)
+def test_a_model_that_cannot_do_it_is_scored_in_32_bits(method, monkeypatch):
+    "It is tried once; the training is that of `bf16=False`, bit for bit"
+    monkeypatch.setattr('fastai_is.callback.core.fast_bf16', lambda device: True)
+    def fit(bf16):
+        set_seed(0)
+        learn, cb = make_learner(model=nn.Sequential(NotInBF16(), *make_net())), SCORED[method]()
+        cb.bf16 = bf16
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            return quiet_fit(learn, 4, cb)
+    a, b = fit(None), fit(False)
+    assert a.model[0].refused == 1 and b.model[0].refused == 0 and same(weights(a), weights(b))
+
+def test_where_bfloat16_was_asked_for_the_error_is_shown():
+    with pytest.raises(NotImplementedError, match='not for BFloat16'):
+        quiet_fit(make_learner(model=nn.Sequential(NotInBF16(), *make_net())), 2, ImportanceCB(keep=.3, gate=None, seat='batch', bf16=True))
+
+def test_other_errors_of_a_scoring_pass_are_the_models_own(monkeypatch):
+    monkeypatch.setattr('fastai_is.callback.core.fast_bf16', lambda device: True)
+    class Broken(nn.Module):
+        def forward(self, x):
+            if not torch.is_grad_enabled(): raise RuntimeError("of the model")
+            return x
+    learn = make_learner(model=nn.Sequential(Broken(), *make_net()))
+    with pytest.raises(RuntimeError, match='of the model'): quiet_fit(learn, 2, METHODS['batch']())
+
+@pytest.mark.parametrize('bad', ('bf16', torch.bfloat16, 2, .5))
+def test_bf16_is_checked(bad):
+    with pytest.raises(ValueError, match='bf16=.*expected True, False, or None'): ImportanceCB(bf16=bad)

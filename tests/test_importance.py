@@ -67,7 +67,8 @@ def test_ids_followed_for_another_callback_change_nothing():
 # The draw, the weights and the step
 @pytest.mark.parametrize('bias', (1., .5))
 @pytest.mark.parametrize('score', ('upper_bound', 'loss'))
-def test_the_step_is_the_weighted_mean_over_draws_from_the_pool(bias, score):
+@pytest.mark.parametrize('bf16', (False, True))
+def test_the_step_is_the_weighted_mean_over_draws_from_the_pool(bias, score, bf16):
     chosen, pools, seen = [], [], []
     class Before(Callback):
         order, run_valid = ImportanceCB.order-1, False
@@ -77,7 +78,9 @@ def test_the_step_is_the_weighted_mean_over_draws_from_the_pool(bias, score):
         def after_loss(self):
             (x, y), (idxs, w, scores) = pools[-1], chosen[-1]
             self.model.eval()
-            with torch.no_grad(): want = score_funcs[score](self.model(x), y, loss_func=F.cross_entropy)
+            with torch.no_grad():
+                with torch.autocast('cpu', torch.bfloat16, enabled=bf16): pred = self.model(x)
+                want = score_funcs[score](pred.float(), y, loss_func=F.cross_entropy)
             self.model.train()
             torch.testing.assert_close(scores, want)
             p = .9*want.double()/want.double().sum()+.1/len(y)
@@ -88,7 +91,7 @@ def test_the_step_is_the_weighted_mean_over_draws_from_the_pool(bias, score):
             torch.testing.assert_close(self.learn.loss_grad, (v*l).mean())
             torch.testing.assert_close(self.learn.loss, (w*l).mean().detach())
             seen.append(len(idxs) > len(idxs.unique()))
-    cb = pooled(bias=bias, score=score, smooth=.1, on_select=lambda learn, idxs, w, scores: chosen.append((idxs, w, scores)))
+    cb = pooled(bias=bias, score=score, smooth=.1, bf16=bf16, on_select=lambda learn, idxs, w, scores: chosen.append((idxs, w, scores)))
     run([cb, Before(), Check()], model=nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5)))
     assert len(seen) == 12 and any(seen), 'drawn with replacement'
     assert cb.counts == dict(forwarded=3*(600+200), backpropagated=3*200)
@@ -228,7 +231,7 @@ def test_layer_and_on_select_are_passed_on():
     a, b = [], []
     for layer, seen, model, loss in ((None, a, body, CrossEntropyLossFlat()), (body[2], b, nn.Sequential(body, nn.LogSoftmax(1)), nn.NLLLoss())):
         state = deepcopy(body.state_dict())
-        quiet_fit(make_learner(model=model, loss=loss), 1, pooled(layer=layer, on_select=lambda learn, i, w, s: seen.append(s)), lr=0., fit='fit')
+        quiet_fit(make_learner(model=model, loss=loss), 1, pooled(layer=layer, bf16=False, on_select=lambda learn, i, w, s: seen.append(s)), lr=0., fit='fit')
         body.load_state_dict(state)
     assert len(a) == len(b) == 4
     torch.testing.assert_close(a, b)

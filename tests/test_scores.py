@@ -186,3 +186,19 @@ def test_last_layer_without_a_part_in_the_loss():
         def forward(self, x): return self.a(x.flatten(0, 1)).view(6, 4, 3)
     for model, x, y in ((Skips(True), rand(6, 5), ints(3, 6)), (Skips(False), rand(6, 5), ints(3, 6)), (Flat(), rand(6, 4, 5), ints(3, 6, 4))):
         with pytest.raises(ValueError, match='name the layer to look at with `layer=`'): score_batch(model, last_layer_norm, CrossEntropyLossFlat(), (x,), (y,))
+
+# In 16 bits
+@pytest.mark.parametrize('can,want', ((dict(avx512_bf16=True), True), (dict(avx512_bf16=False, amx_bf16=True), True), (dict(avx512_bf16=False, amx_bf16=False), False), ({}, False)))
+def test_bfloat16_is_fast_where_the_processor_has_it(can, want, monkeypatch):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: can, raising=False)
+    assert fast_bf16('cpu') is want and fast_bf16(torch.device('cpu')) is want
+    assert not fast_bf16('mps') and not fast_bf16('meta')
+
+def test_bfloat16_is_not_assumed_where_the_processor_cannot_be_asked(monkeypatch):
+    monkeypatch.delattr(torch.cpu, 'get_capabilities', raising=False)
+    assert not fast_bf16('cpu')
+
+@pytest.mark.parametrize('can', (False, True))
+def test_an_emulation_of_bfloat16_is_not_fast(can, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: can or including_emulation)
+    assert fast_bf16('cuda') is can

@@ -6,7 +6,7 @@
 __all__ = ['ScoreStore', 'Plan', 'Ids', 'PlannedLoader', 'no_ids', 'find_seat', 'aside', 'take', 'join', 'is_number', 'is_whole',
            'check_setting', 'SelectionCB']
 
-# %% ../../nbs/10_callback.core.ipynb #0260ce15
+# %% ../../nbs/10_callback.core.ipynb #f8e6e36a
 import struct
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -26,7 +26,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import ValueMetric
 from fastai.torch_core import find_bs, no_random, retain_meta
 from ..losses import check_loss, loss_scale, raw_loss, user_loss
-from ..scores import Scored, apply_score, get_score, make_tap, plain_tensors, score_batch, score_context, tap_context
+from ..scores import Scored, apply_score, fast_bf16, get_score, make_tap, plain_tensors, score_batch, score_context, tap_context
 from ..selection import Selection, flatten_weights, usable
 
 # %% ../../nbs/10_callback.core.ipynb #70b5f334
@@ -190,7 +190,7 @@ def check_setting(
     "Raise a `ValueError` for a setting that makes no sense"
     if not ok: raise ValueError(f"{name}={value!r}: expected {what}.")
 
-# %% ../../nbs/10_callback.core.ipynb #e8aa06da
+# %% ../../nbs/10_callback.core.ipynb #e98818b9
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -209,12 +209,14 @@ class SelectionCB(Callback):
         seat:str='batch', # Where to select: 'epoch', 'batch' or 'loss'
         seats:tuple=('epoch','batch','loss'), # Seats that the method has
         layer:nn.Module|None=None, # The layer for scores that look into the model, such as the pre-activations' for 'upper_bound'
-        on_select:Callable|None=None # Called as `on_select(learn, idxs, weights, scores)` with each choice, of dataset ids over an epoch, of positions in a batch
+        on_select:Callable|None=None, # Called as `on_select(learn, idxs, weights, scores)` with each choice, of dataset ids over an epoch, of positions in a batch
+        bf16:bool|None=None # Run scoring passes in bfloat16? None: where the processor is made for it. Where training autocasts, they do as it does
     ):
         if seat not in seats: raise ValueError(f"seat={seat!r}: expected one of {', '.join(map(repr, seats))}.")
         if not (layer is None or isinstance(layer, nn.Module)): raise TypeError(f"layer={layer!r}: expected one of the model's modules, such as `model[-2]`.")
         if not (on_select is None or callable(on_select)): raise TypeError(f"on_select={on_select!r}: expected a function `on_select(learn, idxs, weights, scores)`.")
-        self.score,self.seat,self.layer,self.on_select = get_score(score),seat,layer,on_select
+        check_setting(bf16 in (None,True,False), 'bf16', bf16, 'True, False, or None for what is faster')
+        self.score,self.seat,self.layer,self.on_select,self.bf16 = get_score(score),seat,layer,on_select,bf16
         self.store,self.recent,self.n_ids,self.fit_state,self.fits = ScoreStore(),None,None,None,0
         self.normaliser = 0.,0 # sum of the inverse normalisers of whole batches, and their number
         self.counts = dict(forwarded=0, backpropagated=0)
@@ -257,7 +259,7 @@ class SelectionCB(Callback):
             loader=None, ids=None, weights=None, uniform=False, bs=0, n=0, full_bs=0, window=None, refine=False, can_refine=True, # the epoch's plan
             trained=0, offered=0, steps=0, fresh=[], unread=[], queue=None, passed=[],       # what the epoch came to so far
             rows=None, w=None, scale=None, loss=None, scored=None, idxs=None, scores=None, stands_for=0, # the batch
-            broken=False, warned=False, cancelled=False)
+            bf16=self._wants_bf16(), broken=False, warned=False, cancelled=False)
         self.counts.update(forwarded=0, backpropagated=0)
         self.start_fit()
         self.learn.metrics = self.learn.metrics + self.fit_state.metrics
@@ -386,8 +388,17 @@ class SelectionCB(Callback):
 
     def scoring_pass(self)->Scored:
         "Score the batch, by default with the model as it is in evaluation"
-        res = score_batch(self.model, self.score, self.loss_func, self.xb, self.yb, layer=self.layer, names=self.fit_state.names, autocast=self._autocast(), after_pred=self._pred)
-        self.counts['forwarded'] += find_bs(self.yb)
+        return self.score_of(self.xb, self.yb)
+
+    def score_of(self, xb, yb)->Scored:
+        "Score any batch with the model as it is in evaluation"
+        s = self.fit_state
+        try: res = score_batch(self.model, self.score, self.loss_func, xb, yb, layer=self.layer, names=s.names, autocast=self._autocast(), after_pred=self._pred)
+        except Exception: # something in the model may not go in bfloat16
+            if not s.bf16 or self.bf16: raise
+            s.bf16 = False
+            return self.score_of(xb, yb)
+        self.counts['forwarded'] += find_bs(yb)
         return res
 
     def _score_and_cut(self, bs):
@@ -468,10 +479,15 @@ class SelectionCB(Callback):
             s.broken = s.broken or not usable(scores).all()
             self.follow(scores)
 
+    def _wants_bf16(self):
+        p = next(self.model.parameters())
+        return p.dtype==torch.float32 and fast_bf16(p.device) if self.bf16 is None else self.bf16
+
     def _autocast(self):
-        "An autocast of our own, like the one that training is about to enter"
+        "An autocast of our own: like the one that training is about to enter, if it is, else for what is faster"
         ac = next((cb.autocast for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), None)
-        return ac and torch.autocast(ac.device, dtype=ac.fast_dtype, enabled=ac._enabled)
+        if ac: return torch.autocast(ac.device, dtype=ac.fast_dtype, enabled=ac._enabled)
+        return torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16) if self.fit_state.bf16 else None
 
     def _pred(self, pred):
         "The prediction as `RNNCallback` would leave it"

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['rank_order', 'OnlineBatchSelection', 'PrioritizedSampling']
 
-# %% ../../nbs/19_callback.ranked.ipynb #119bbcb1
+# %% ../../nbs/19_callback.ranked.ipynb #fae19486
 from .core import *
 from .epoch import EpochCB
-from ..scores import score_batch
 from ..selection import redraw, usable
 
 import math
@@ -28,7 +27,7 @@ def rank_order(
     low = np.argsort(bits.astype(np.uint16), kind='stable').astype(np.int32)
     return torch.from_numpy(low[np.argsort((bits>>16).astype(np.uint16)[low], kind='stable')])
 
-# %% ../../nbs/19_callback.ranked.ipynb #ff0f54fe
+# %% ../../nbs/19_callback.ranked.ipynb #5648d503
 class OnlineBatchSelection(EpochCB):
     """Draw each epoch with replacement by the rank of the loss, the highest `pressure` times as often as the lowest. Biased towards samples with a high loss;
     `train_loss` is the weighted, unbiased estimate of the mean loss. The first epoch is plain.
@@ -76,10 +75,7 @@ class OnlineBatchSelection(EpochCB):
             for b in progress_bar(dl, leave=False) if hasattr(self.learn, 'progress') else dl:
                 b = self.learn._set_device(b)
                 i = getattr(self.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
-                res = score_batch(self.model, self.score, self.loss_func, b[:i], b[i:], layer=self.layer, names=self.fit_state.names,
-                    autocast=self._autocast(), after_pred=self._pred)
-                scores.append(res.scores.cpu())
-                self.counts['forwarded'] += len(res.scores)
+                scores.append(self.score_of(b[:i], b[i:]).scores.cpu())
             loader.undo()
         finally: set_random_states(**states)
         scores = torch.cat(scores)
