@@ -5,8 +5,9 @@
 1. Seconds of a scoring pass of `score_batch` in bfloat16 over one in 32 bits, alternately, for networks of several kinds, with weights drawn at random.
 2. A network is trained on MNIST and one on CIFAR-10. After each epoch, `n` training samples are scored by the upper bound in both, and for comparison in 32
    bits by the model of an epoch earlier: what is remembered of an epoch ago is what choices over the epoch go by anyway. How alike are they? By the
-   correlation of ranks; by how many of the third with the highest scores are the same; and by what the choice of a third is worth: the variance of the
-   gradient's estimate when a third is drawn by these scores, over that when it is drawn by those in 32 bits, if the latter are the gradients' norms.
+   correlation of ranks; by how many of the third with the highest scores are the same; and by what the choice of a third is worth: the variance that the
+   choice adds to the gradient's estimate when it is made by these scores, over that when it is made by those in 32 bits, if the latter are the norms of
+   the gradients.
 """
 import argparse, time
 from pathlib import Path
@@ -91,9 +92,9 @@ for name,(make,draw,n) in NETS.items():
 
 def ranks(o): return o.argsort().argsort().double()
 def noise(norms, by):
-    "Of the estimate of the gradient, up to what no choice changes: each window of 128 keeps a third by the scores `by`, a fifth of the probability uniform"
+    "What the choice adds to the variance of the gradient's estimate: each window of 128 keeps a third by the scores `by`, a fifth of the probability uniform"
     norms,by = (o[:len(o)//128*128].view(-1,128).double() for o in (norms,by))
-    return (norms.square()/inclusion(by, 43, .2)).sum()
+    return (norms.square()*(1/inclusion(by, 43, .2)-1)).sum() # as if each sample were drawn by itself
 def alike(a, b):
     k = len(a)//3
     same = len(set(a.topk(k).indices.tolist()) & set(b.topk(k).indices.tolist()))/k

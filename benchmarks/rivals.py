@@ -28,7 +28,7 @@ before the first. A rival that is not there is listed with the reason, and all o
 - Opacus takes no BatchNorm that is trained. There, BatchNorm's own parameters are frozen for both; a further row has ours with them.
 
 tsai and Composer score in training mode (so that BatchNorm's running statistics see each batch twice), ours and the ideal in evaluation mode. Ours scores
-in bfloat16 where the processor is made for it; rows of their own have it in 32 bits, as all others do, and so do the targets.
+in bfloat16 where the processor is made for it; in the first part, rows and targets of their own have it in 32 bits, as all others do.
 
 Install the rivals in an environment of their own that has fastai_is. tsai asks for an older scikit-learn and Composer for older releases of torch,
 NumPy and Pillow, but what is measured here runs with newer ones, so that all have the same torch. `pip` warns of the pins, and no more:

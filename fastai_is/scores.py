@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['score_funcs', 'context_names', 'plain_tensors', 'loss_score', 'upper_bound', 'get_score', 'score_context',
            'apply_score', 'last_layer', 'LayerTap', 'no_trace', 'Scored', 'score_batch', 'make_tap', 'tap_context',
-           'fast_bf16', 'last_layer_norm']
+           'fast_bf16', 'from_logits', 'last_layer_norm']
 
 # %% ../nbs/01_scores.ipynb #314b0851
 import inspect
@@ -240,16 +240,26 @@ def tap_context(names, tap, xb, model):
     if tap: vals.update(layer=tap.layer, hidden=tap.hidden, preact=tap.preact)
     return {n:vals[n] for n in names if n in vals}
 
-# %% ../nbs/01_scores.ipynb #891c7aa5
+# %% ../nbs/01_scores.ipynb #4b3ad145
 def fast_bf16(
     device:torch.device|str # Of the model
 )->bool:
     "Does the processor have instructions for bfloat16, so that a forward pass takes less time than in 32 bits?"
     device = torch.device(device)
-    if device.type=='cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type=='cuda': return torch.version.hip is None and torch.cuda.get_device_capability(device)[0]>=8
     if device.type!='cpu' or not hasattr(torch.cpu, 'get_capabilities'): return False # of others it is not known
     can = torch.cpu.get_capabilities()
     return bool(can.get('avx512_bf16') or can.get('amx_bf16'))
+
+def from_logits(
+    loss_func:Callable # The learner's loss function
+)->bool:
+    "Is it cross-entropy, of classes or of two classes each, so that small errors of predictions are small errors of the loss?"
+    f = user_loss(loss_func)
+    if isinstance(f, BaseLoss): f = f.func
+    if isinstance(f, partial): f = f.func
+    return (f if inspect.isroutine(f) else type(f)) in (nn.CrossEntropyLoss, F.cross_entropy, LabelSmoothingCrossEntropy,
+        nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
 
 # %% ../nbs/01_scores.ipynb #a6307efd
 _budget = 2**25 # numbers to hold at a time

@@ -157,7 +157,7 @@ def test_two_inputs_and_a_dictionary():
 @pytest.mark.parametrize('seat', ('epoch', 'batch', 'loss'))
 def test_named_layer(seat):
     "Log-probabilities and NLLLoss score, and therefore train, like logits and cross-entropy"
-    def run(model, loss, **kw): return quiet_fit(make_learner(model=model, loss=loss), 3, ImportanceCB(keep=.3, gate=None, seat=seat, bf16=False, **kw))
+    def run(model, loss, **kw): return quiet_fit(make_learner(model=model, loss=loss), 3, ImportanceCB(keep=.3, gate=None, seat=seat, **kw))
     set_seed(0); net = make_net()
     logits = run(deepcopy(net), nn.CrossEntropyLoss())
     other = deepcopy(net)
@@ -206,6 +206,9 @@ def test_a_list_with_an_entry_for_each_sample():
 SCORED = dict(batch=METHODS['batch'], two_stages=METHODS['two_stages'], filter=METHODS['filter'],
     selective=lambda: SelectiveBackprop(2, start=0.), pool=lambda: ImportanceCB(pool=3, gate=None, seat='batch'))
 
+@pytest.fixture
+def fast(monkeypatch): monkeypatch.setattr('fastai_is.callback.core.fast_bf16', lambda device: True)
+
 def passes(learn):
     "Types of the predictions of scoring passes, and of training passes, from here on"
     seen = {False:[], True:[]}
@@ -213,66 +216,122 @@ def passes(learn):
     learn.model[-1].register_forward_hook(lambda m, i, o: seen[m.training].append(o.dtype))
     return seen
 
+def scored_in(bf16, method='batch', n=4, cbs=(), **kw):
+    set_seed(0)
+    learn, cb = make_learner(**{k: v() if k == 'model' else v for k, v in kw.items()}), SCORED[method]()
+    cb.bf16, seen = bf16, passes(learn)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        quiet_fit(learn, n, [cb, *cbs])
+    return learn, seen
+
 @pytest.mark.parametrize('method', SCORED)
 @pytest.mark.parametrize('can', (False, True))
 @pytest.mark.parametrize('bf16', (None, False, True))
 def test_scoring_passes_run_in_bfloat16_where_that_is_faster_or_asked_for(method, can, bf16, monkeypatch):
-    "And training never does"
+    "And training never does. Where nobody asked, the first of each epoch is made in both"
     monkeypatch.setattr('fastai_is.callback.core.fast_bf16', lambda device: can)
-    learn, cb = make_learner(), SCORED[method]()
-    cb.bf16, seen = bf16, passes(learn)
-    quiet_fit(learn, 4, cb)
-    assert seen[False] and set(seen[False]) == {torch.bfloat16 if (can if bf16 is None else bf16) else torch.float32}
+    learn, seen = scored_in(bf16, method)
+    n32 = seen[False].count(torch.float32)
+    assert len(seen[False]) > 10 and set(seen[False]) <= {torch.bfloat16, torch.float32}
+    assert n32 in (3, 4) if bf16 is None and can else n32 == (0 if bf16 else len(seen[False])), 'the first epoch of two stages has none'
     assert seen[True] and set(seen[True]) == {torch.float32} and {p.dtype for p in learn.model.parameters()} == {torch.float32}
     assert not torch.is_autocast_enabled('cpu')
 
-def test_numbers_of_another_size_are_left_alone(monkeypatch):
-    monkeypatch.setattr('fastai_is.callback.core.fast_bf16', lambda device: True)
-    class Double(Callback):
-        order = -20
-        def before_batch(self): self.learn.xb = tuple(x.double() for x in self.xb)
-    learn = make_learner(model=make_net().double())
-    seen = passes(learn)
-    quiet_fit(learn, 2, [Double(), METHODS['batch']()])
-    assert set(seen[False]) == set(seen[True]) == {torch.float64}
+def test_what_is_forwarded_is_counted(fast):
+    learn, n = make_learner(), [0]
+    def add(m, i, o): n[0] += len(o)
+    learn._do_epoch_validate = noop
+    learn.model.register_forward_hook(add)
+    cb = METHODS['batch']()
+    quiet_fit(learn, 3, cb)
+    assert cb.counts['forwarded'] == n[0] == cb.counts['backpropagated']+3*(600+64)
 
 class NotInBF16(nn.Module):
     "As an operation that there is in 32 bits only"
+    refused = 0
+    def forward(self, x):
+        if not torch.is_autocast_enabled('cpu'): return x
+        type(self).refused += 1
+        raise NotImplementedError("not for BFloat16")
+
+class Stateful(nn.Module):
+    "Each batch begins where the last one ended, with a table that is made once"
     def __init__(self):
         super().__init__()
-        self.refused = 0
+        self.rnn, self.out, self.h, self.table = nn.LSTM(20, 16, batch_first=True), nn.Linear(16, 5), None, None
     def forward(self, x):
-        if torch.is_autocast_enabled('cpu'):
-            self.refused += 1
-            raise NotImplementedError("not for BFloat16")
-        return x
+        if self.h is not None and self.h[0].shape[1] != len(x): self.h = None
+        o, h = self.rnn(x[:, None], self.h)
+        if self.table is None: self.table = torch.ones_like(o[0]).detach()
+        self.h = tuple(t.detach() for t in h)
+        return self.out((o*self.table)[:, 0])
 
 @pytest.mark.parametrize('method', SCORED)
-def test_a_model_that_cannot_do_it_is_scored_in_32_bits(method, monkeypatch):
+@pytest.mark.parametrize('model', (lambda: nn.Sequential(NotInBF16(), *make_net()), lambda: nn.Sequential(Stateful(), nn.Identity()),
+    lambda: nn.Sequential(Stateful(), NotInBF16())), ids=('operation', 'state', 'both'))
+def test_a_model_that_cannot_do_it_is_scored_in_32_bits(method, model, fast):
     "It is tried once; the training is that of `bf16=False`, bit for bit"
-    monkeypatch.setattr('fastai_is.callback.core.fast_bf16', lambda device: True)
-    def fit(bf16):
-        set_seed(0)
-        learn, cb = make_learner(model=nn.Sequential(NotInBF16(), *make_net())), SCORED[method]()
-        cb.bf16 = bf16
-        with warnings.catch_warnings():
-            warnings.simplefilter('error', UserWarning)
-            return quiet_fit(learn, 4, cb)
-    a, b = fit(None), fit(False)
-    assert a.model[0].refused == 1 and b.model[0].refused == 0 and same(weights(a), weights(b))
+    NotInBF16.refused = 0
+    (a, seen), (b, _) = scored_in(None, method, model=model), scored_in(False, method, model=model)
+    assert same(weights(a), weights(b)) and NotInBF16.refused <= 1 and seen[False].count(torch.bfloat16) <= 1
+    if isinstance(a.model[0], Stateful): assert {t.dtype for t in (*a.model[0].h, a.model[0].table)} == {torch.float32}
 
 def test_where_bfloat16_was_asked_for_the_error_is_shown():
     with pytest.raises(NotImplementedError, match='not for BFloat16'):
         quiet_fit(make_learner(model=nn.Sequential(NotInBF16(), *make_net())), 2, ImportanceCB(keep=.3, gate=None, seat='batch', bf16=True))
 
-def test_other_errors_of_a_scoring_pass_are_the_models_own(monkeypatch):
-    monkeypatch.setattr('fastai_is.callback.core.fast_bf16', lambda device: True)
+def test_errors_of_a_scoring_pass_are_the_models_own(fast):
+    tried = []
     class Broken(nn.Module):
         def forward(self, x):
-            if not torch.is_grad_enabled(): raise RuntimeError("of the model")
-            return x
-    learn = make_learner(model=nn.Sequential(Broken(), *make_net()))
-    with pytest.raises(RuntimeError, match='of the model'): quiet_fit(learn, 2, METHODS['batch']())
+            if torch.is_grad_enabled(): return x
+            tried.append(1)
+            raise RuntimeError("of the model")
+    with pytest.raises(RuntimeError, match='of the model'): quiet_fit(make_learner(model=nn.Sequential(Broken(), *make_net())), 2, METHODS['batch']())
+    assert len(tried) == 1
+
+def test_inputs_that_need_more_digits_are_scored_in_32_bits(fast):
+    "Such as years: in bfloat16, neighbours are eight apart"
+    class Years(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(20, 5)
+        def forward(self, x): return self.lin(2000+8*x)-self.lin(2000+0*x)
+    def model(): return nn.Sequential(Years(), nn.Identity())
+    (a, seen), (b, _) = scored_in(None, model=model), scored_in(False, model=model)
+    assert same(weights(a), weights(b)) and seen[False].count(torch.bfloat16) <= 1
+
+@pytest.mark.parametrize('loss,want', ((CrossEntropyLossFlat(), True), (nn.CrossEntropyLoss(label_smoothing=.1), True), (F.cross_entropy, True),
+    (LabelSmoothingCrossEntropyFlat(), True), (BCEWithLogitsLossFlat(), True), (nn.NLLLoss(), False), (MSELossFlat(), False), (BCELossFlat(), False), (F.l1_loss, False)))
+def test_only_where_small_errors_of_predictions_are_small_errors_of_the_loss(loss, want, fast):
+    learn = Learner(make_dls(), make_net(), loss_func=loss)
+    cb = METHODS['batch']()
+    cb.learn = learn
+    assert cb._wants_bf16() is want
+
+@pytest.mark.parametrize('make', (lambda: make_net().double(), lambda: make_net().half(), lambda: make_net().bfloat16(), lambda: nn.DataParallel(make_net())))
+def test_only_where_the_model_is_in_32_bits_and_in_one_place(make, fast):
+    cb = METHODS['batch']()
+    cb.learn = Learner(make_dls(), make(), loss_func=CrossEntropyLossFlat())
+    assert cb._wants_bf16() is False
+
+def test_within_an_autocast_of_the_users(fast):
+    "Casts of weights do not outlive the step they were made in"
+    worst = []
+    class Check(Callback):
+        order, run_valid = ImportanceCB.order+1, False
+        def before_batch(self):
+            x, y = before.whole
+            with torch.no_grad(), torch.autocast('cpu', enabled=False): want = loss_score(deepcopy(self.model).eval()(x), y, loss_func=F.cross_entropy)
+            worst.append(((got[-1]-want).abs().mean()/want.mean()).item())
+    class Before(Callback):
+        order, run_valid = ImportanceCB.order-1, False
+        def before_batch(self): self.whole = self.x, self.y
+    before, got = Before(), []
+    learn, cb = make_learner(), ImportanceCB(keep=.3, gate=None, seat='batch', score='loss', on_select=lambda learn, i, w, s: got.append(s))
+    with torch.autocast('cpu', enabled=False): quiet_fit(learn, 6, [before, cb, Check()])
+    assert len(worst) == 60 and max(worst) < .03 and not torch.is_autocast_enabled('cpu')
 
 @pytest.mark.parametrize('bad', ('bf16', torch.bfloat16, 2, .5))
 def test_bf16_is_checked(bad):

@@ -103,7 +103,7 @@ def test_covers_the_last_layers_inputs():
             assert ids_of(self.xb) == [ids_of((x,))[i] for i in idxs]
             seen.append((len(idxs), len(x)))
     before, last = Before(), []
-    quiet_fit(make_learner(), 2, [before, Check(), CoresetSelection(.25, bf16=False, on_select=lambda learn, *o: last.append(o))])
+    quiet_fit(make_learner(), 2, [before, Check(), CoresetSelection(.25, on_select=lambda learn, *o: last.append(o))])
     assert seen == ([(16, 64)]*9+[(6, 24)])*2
 
 def test_another_layer_and_images():
@@ -137,7 +137,7 @@ def test_counts_columns_and_train_loss():
     class Whole(Callback):
         order, run_valid, losses = SelectionCB.order-1, False, []
         def before_batch(self): self.losses.append(F.cross_entropy(self.model(*self.xb), self.y).item())
-    learn, cb, w = make_learner(model=nn.Linear(20, 5)), CoresetSelection(.25, bf16=False), Watch()
+    learn, cb, w = make_learner(model=nn.Linear(20, 5)), CoresetSelection(.25), Watch()
     quiet_fit(learn, 3, [w, cb, Whole()])
     assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'kept', 'time']
     assert cb.counts == dict(forwarded=3*(600+150), backpropagated=3*150) and learn.recorder.values[-1][3] == .25

@@ -322,7 +322,7 @@ def test_filter_keeps_the_samples_with_most_of_the_loss():
             assert ids_of(self.xb) == [ids_of((x,))[i] for i in top_loss(l, .7).idxs]
             seen.append(len(self.y)/len(y))
         def after_loss(self): torch.testing.assert_close(self.learn.loss_grad, F.cross_entropy(self.pred, self.y).as_subclass(TensorBase))
-    quiet_fit(make_learner(), 3, [BatchLossFilter(.7, gate=None, bf16=False), Check(), After()])
+    quiet_fit(make_learner(), 3, [BatchLossFilter(.7, gate=None), Check(), After()])
     assert min(seen) < .5
 
 def test_filter_guard():

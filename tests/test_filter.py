@@ -48,7 +48,7 @@ def test_the_largest_scores_are_kept_and_recorded(score, seat):
             l = F.cross_entropy(self.pred, self.y, reduction='none')
             torch.testing.assert_close(self.learn.loss_grad, (l if seat == 'batch' else l[idxs]).mean())
             checked.append(k < len(y))
-    cb = BatchLossFilter(.6, .1, schedule_func=lambda pct: .5, gate=None, seat=seat, score=score, bf16=False)
+    cb = BatchLossFilter(.6, .1, schedule_func=lambda pct: .5, gate=None, seat=seat, score=score)
     net = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 5)) # the same in training as in evaluation
     quiet_fit(make_learner(model=net), 2, [cb, Offered(), Check()])
     assert len(checked) == 20 and all(checked)

@@ -231,7 +231,7 @@ def test_layer_and_on_select_are_passed_on():
     a, b = [], []
     for layer, seen, model, loss in ((None, a, body, CrossEntropyLossFlat()), (body[2], b, nn.Sequential(body, nn.LogSoftmax(1)), nn.NLLLoss())):
         state = deepcopy(body.state_dict())
-        quiet_fit(make_learner(model=model, loss=loss), 1, pooled(layer=layer, bf16=False, on_select=lambda learn, i, w, s: seen.append(s)), lr=0., fit='fit')
+        quiet_fit(make_learner(model=model, loss=loss), 1, pooled(layer=layer, on_select=lambda learn, i, w, s: seen.append(s)), lr=0., fit='fit')
         body.load_state_dict(state)
     assert len(a) == len(b) == 4
     torch.testing.assert_close(a, b)

@@ -186,7 +186,7 @@ def test_the_scoring_pass_knows_every_sample(kw):
             m = deepcopy(self.model).eval()
             torch.testing.assert_close(self.store.values, F.cross_entropy(m(x), y, reduction='none').detach())
             checked.append(self.epoch)
-    cb = Online(recompute=2, bf16=False)
+    cb = Online(recompute=2)
     _, w = run(cb, 6, **kw)
     assert checked == [2, 4] and cb.counts['forwarded'] == cb.counts['backpropagated']+2*600
     never = OnlineBatchSelection(recompute=0)

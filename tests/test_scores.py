@@ -198,7 +198,8 @@ def test_bfloat16_is_not_assumed_where_the_processor_cannot_be_asked(monkeypatch
     monkeypatch.delattr(torch.cpu, 'get_capabilities', raising=False)
     assert not fast_bf16('cpu')
 
-@pytest.mark.parametrize('can', (False, True))
-def test_an_emulation_of_bfloat16_is_not_fast(can, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: can or including_emulation)
-    assert fast_bf16('cuda') is can
+@pytest.mark.parametrize('major,hip,want', ((7, None, False), (8, None, True), (9, None, True), (9, '6.0', False)))
+def test_bfloat16_is_fast_on_gpus_that_have_it(major, hip, want, monkeypatch):
+    monkeypatch.setattr(torch.version, 'hip', hip)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (major, 0))
+    assert fast_bf16('cuda') is want and fast_bf16('cuda:1') is want

@@ -87,7 +87,7 @@ def test_scores_are_the_losses_of_the_scoring_pass():
             with torch.no_grad(): seen.append(F.cross_entropy(self.model(*self.xb), self.y, reduction='none').as_subclass(Tensor))
             self.model.train()
     chosen = []
-    quiet_fit(make_learner(), 3, [Check(), SelectiveBackprop(bf16=False, on_select=lambda learn, i, w, s: chosen.append(s))])
+    quiet_fit(make_learner(), 3, [Check(), SelectiveBackprop(on_select=lambda learn, i, w, s: chosen.append(s))])
     assert len(chosen) == 20
     for a, b in zip(chosen, seen[10:]): torch.testing.assert_close(a, b)
 
@@ -216,7 +216,7 @@ def test_the_age_of_the_scores_goes_on_in_the_next_fit():
 
 def test_stale_epochs_draw_with_the_remembered_probabilities():
     learn = quiet_fit(make_learner(model=linear()), 3)
-    cb, b, epochs = SelectiveBackprop(2, every=100, bf16=False), Batches(), 60
+    cb, b, epochs = SelectiveBackprop(2, every=100), Batches(), 60
     quiet_fit(learn, 2+epochs, [b, cb], lr=0., fit='fit')
     train, _ = make_data()
     x, y = torch.stack([a for a, _ in train]), torch.stack([b for _, b in train])

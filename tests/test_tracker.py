@@ -35,8 +35,7 @@ class Twin(Callback):
         e, ids = self.epochs[-1], ids_of(xb)
         e['forwarded'].update(ids)
         if not self.scored: # the loss of a scoring pass counts, not the one that follows it
-            out = pred.detach().float() # a scoring pass may be in bfloat16; its losses and scores are not
-            loss, p = F.cross_entropy(out, self.labels[ids], reduction='none'), out.softmax(1)-F.one_hot(self.labels[ids], 5)
+            loss, p = F.cross_entropy(pred, self.labels[ids], reduction='none').detach(), (pred.softmax(1)-F.one_hot(self.labels[ids], 5)).detach()
             e['loss'].update(zip(ids, loss.tolist()))
             if self.score: e['score'].update(zip(ids, dict(loss=loss, upper_bound=p.norm(dim=1))[self.score].tolist()))
         self.scored = self.scored or not model.training

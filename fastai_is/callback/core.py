@@ -6,7 +6,7 @@
 __all__ = ['ScoreStore', 'Plan', 'Ids', 'PlannedLoader', 'no_ids', 'find_seat', 'aside', 'take', 'join', 'is_number', 'is_whole',
            'check_setting', 'SelectionCB']
 
-# %% ../../nbs/10_callback.core.ipynb #f8e6e36a
+# %% ../../nbs/10_callback.core.ipynb #4b0b2bcf
 import struct
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -26,7 +26,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import ValueMetric
 from fastai.torch_core import find_bs, no_random, retain_meta
 from ..losses import check_loss, loss_scale, raw_loss, user_loss
-from ..scores import Scored, apply_score, fast_bf16, get_score, make_tap, plain_tensors, score_batch, score_context, tap_context
+from ..scores import Scored, apply_score, fast_bf16, from_logits, get_score, make_tap, plain_tensors, score_batch, score_context, tap_context
 from ..selection import Selection, flatten_weights, usable
 
 # %% ../../nbs/10_callback.core.ipynb #70b5f334
@@ -190,7 +190,13 @@ def check_setting(
     "Raise a `ValueError` for a setting that makes no sense"
     if not ok: raise ValueError(f"{name}={value!r}: expected {what}.")
 
-# %% ../../nbs/10_callback.core.ipynb #e98818b9
+# %% ../../nbs/10_callback.core.ipynb #f57fce61
+def _holds_bf16(o):
+    "Is there a tensor in bfloat16 in `o`, or in what it is made of?"
+    if isinstance(o, Tensor): return o.dtype==torch.bfloat16
+    return any(map(_holds_bf16, o.values() if isinstance(o, dict) else o)) if isinstance(o, (dict,list,tuple)) else False
+
+# %% ../../nbs/10_callback.core.ipynb #aa36fbcd
 class SelectionCB(Callback):
     "The engine of all selection methods: trains on a weighted choice of samples and leaves the `Learner` as it was"
     order = MixUp.order-5 # before samples are mixed, so that the mix is made of what is trained on; after `TrainEvalCallback`
@@ -210,7 +216,7 @@ class SelectionCB(Callback):
         seats:tuple=('epoch','batch','loss'), # Seats that the method has
         layer:nn.Module|None=None, # The layer for scores that look into the model, such as the pre-activations' for 'upper_bound'
         on_select:Callable|None=None, # Called as `on_select(learn, idxs, weights, scores)` with each choice, of dataset ids over an epoch, of positions in a batch
-        bf16:bool|None=None # Run scoring passes in bfloat16? None: where the processor is made for it. Where training autocasts, they do as it does
+        bf16:bool|None=None # Run scoring passes in bfloat16? None: where the processor is made for it, and they come to the same. Where training autocasts, they do as it does
     ):
         if seat not in seats: raise ValueError(f"seat={seat!r}: expected one of {', '.join(map(repr, seats))}.")
         if not (layer is None or isinstance(layer, nn.Module)): raise TypeError(f"layer={layer!r}: expected one of the model's modules, such as `model[-2]`.")
@@ -259,7 +265,7 @@ class SelectionCB(Callback):
             loader=None, ids=None, weights=None, uniform=False, bs=0, n=0, full_bs=0, window=None, refine=False, can_refine=True, # the epoch's plan
             trained=0, offered=0, steps=0, fresh=[], unread=[], queue=None, passed=[],       # what the epoch came to so far
             rows=None, w=None, scale=None, loss=None, scored=None, idxs=None, scores=None, stands_for=0, # the batch
-            bf16=self._wants_bf16(), broken=False, warned=False, cancelled=False)
+            bf16=self._wants_bf16(), compared=None, broken=False, warned=False, cancelled=False)
         self.counts.update(forwarded=0, backpropagated=0)
         self.start_fit()
         self.learn.metrics = self.learn.metrics + self.fit_state.metrics
@@ -392,14 +398,30 @@ class SelectionCB(Callback):
 
     def score_of(self, xb, yb)->Scored:
         "Score any batch with the model as it is in evaluation"
-        s = self.fit_state
-        try: res = score_batch(self.model, self.score, self.loss_func, xb, yb, layer=self.layer, names=s.names, autocast=self._autocast(), after_pred=self._pred)
-        except Exception: # something in the model may not go in bfloat16
-            if not s.bf16 or self.bf16: raise
-            s.bf16 = False
-            return self.score_of(xb, yb)
-        self.counts['forwarded'] += find_bs(yb)
+        s,ac = self.fit_state,self._autocast()
+        def score(autocast):
+            res = score_batch(self.model, self.score, self.loss_func, xb, yb, layer=self.layer, names=s.names, autocast=autocast, after_pred=self._pred)
+            self.counts['forwarded'] += find_bs(yb)
+            return res
+        if ac or not s.bf16: return score(ac)
+        # not cached: within an autocast of the user's, casts of weights would outlive the step
+        def rounded(): return score(torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16, cache_enabled=False))
+        if self.bf16 or s.compared==self.epoch: return rounded()
+        s.compared,res = self.epoch,score(None) # once an epoch
+        s.bf16 = self._does_as_well(res, rounded)
         return res
+
+    def _does_as_well(self, res, rounded):
+        "Does a pass in bfloat16 come to nearly the same scores and losses, and does the model keep nothing of it? An error of a tenth in the scores is 1 % of variance"
+        kept = [(m,dict(vars(m))) for m in self.model.modules()]
+        try:
+            other = rounded()
+            return all(bool((a-b).abs().sum()<=.1*a.abs().sum()) for a,b in ((res.scores,other.scores),(res.losses,other.losses))) and not any(_holds_bf16(vars(m)) for m,_ in kept)
+        except Exception: return False # something in the model cannot do it
+        finally:
+            for m,old in kept:
+                for k in [k for k in vars(m) if k not in old]: del vars(m)[k]
+                vars(m).update({k:v for k,v in old.items() if vars(m).get(k) is not v})
 
     def _score_and_cut(self, bs):
         s = self.fit_state
@@ -480,14 +502,14 @@ class SelectionCB(Callback):
             self.follow(scores)
 
     def _wants_bf16(self):
+        if self.bf16 is not None: return self.bf16
         p = next(self.model.parameters())
-        return p.dtype==torch.float32 and fast_bf16(p.device) if self.bf16 is None else self.bf16
+        return p.dtype==torch.float32 and fast_bf16(p.device) and from_logits(self.loss_func) and not isinstance(self.model, nn.DataParallel) # its copies would not know the type
 
     def _autocast(self):
-        "An autocast of our own: like the one that training is about to enter, if it is, else for what is faster"
+        "An autocast of our own, like the one that training is about to enter"
         ac = next((cb.autocast for cb in self.learn.cbs if isinstance(cb, MixedPrecision)), None)
-        if ac: return torch.autocast(ac.device, dtype=ac.fast_dtype, enabled=ac._enabled)
-        return torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16) if self.fit_state.bf16 else None
+        return ac and torch.autocast(ac.device, dtype=ac.fast_dtype, enabled=ac._enabled)
 
     def _pred(self, pred):
         "The prediction as `RNNCallback` would leave it"
