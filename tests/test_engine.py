@@ -351,6 +351,19 @@ def test_scores_are_remembered_across_fits():
     quiet_fit(learn, 1, cb)
     assert learn.recorder.values[0][3] == 1
 
+def test_another_loss_begins_anew():
+    "Neither the scores nor the normaliser of the former one are used; the same loss goes on with them"
+    learn, cb = make_learner(loss=CrossEntropyLossFlat(weight=torch.tensor([1., 2, 8, 1, 4]))), ImportanceCB(keep=.3, gate=None)
+    quiet_fit(learn, 1, cb)
+    assert abs(cb.normaliser[0]/cb.normaliser[1]-1) > .5 and cb.normaliser[1] == 10
+    quiet_fit(learn, 1, cb)
+    assert learn.recorder.values[0][3] < 1 and cb.normaliser[1] == 10, 'the second fit selects from its first epoch on'
+    learn.loss_func, plans = CrossEntropyLossFlat(), []
+    cb.on_select = lambda learn, idxs, weights, scores: plans.append((scores, weights))
+    quiet_fit(learn, 1, cb)
+    (scores, weights), = plans
+    assert (scores == 1).all() and (weights == 1).all() and cb.normaliser[0] == pytest.approx(cb.normaliser[1]), 'nothing is remembered, so the choice is by chance'
+
 def test_unseen_ids_come_first():
     cb = ImportanceCB(keep=.2, gate=None)
     cb.store.put(torch.arange(590), torch.cat([torch.ones(1), torch.full((589,), .01)]))

@@ -223,7 +223,7 @@ class SelectionCB(Callback):
         if not (on_select is None or callable(on_select)): raise TypeError(f"on_select={on_select!r}: expected a function `on_select(learn, idxs, weights, scores)`.")
         check_setting(bf16 in (None,True,False), 'bf16', bf16, 'True, False, or None for what is faster')
         self.score,self.seat,self.layer,self.on_select,self.bf16 = get_score(score),seat,layer,on_select,bf16
-        self.store,self.recent,self.n_ids,self.fit_state,self.fits = ScoreStore(),None,None,None,0
+        self.store,self.recent,self.n_ids,self.old_loss,self.fit_state,self.fits = ScoreStore(),None,None,None,None,0
         self.normaliser = 0.,0 # sum of the inverse normalisers of whole batches, and their number
         self.counts = dict(forwarded=0, backpropagated=0)
 
@@ -254,12 +254,12 @@ class SelectionCB(Callback):
         cbs = [cb for cb in self.learn.cbs if isinstance(cb, SelectionCB)]
         if len(cbs)>1: raise ValueError(f"{cbs[0]} and {cbs[1]} would both select samples: expected one of them, once. Remove the other from the fit or the Learner.")
         check_loss(self.loss_func)
-        n = getattr(self.dls.train, 'n', None)
-        if self.n_ids not in (None,n): # another data set, with other ids
+        n,loss = getattr(self.dls.train, 'n', None),user_loss(self.loss_func)
+        if self.n_ids not in (None,n) or self.old_loss not in (None,loss): # another data set, with other ids, or another scale
             self.store.clear()
             self.recent,self.normaliser = None,(0.,0)
         self.fits += 1
-        self.n_ids,names = n,score_context(self.score)
+        self.n_ids,self.old_loss,names = n,loss,score_context(self.score)
         self.fit_state = SimpleNamespace(seat=self.seat, names=names, tap=make_tap(self.model, names, self.layer), follow=True, generators={},
             metrics=[ValueMetric(getattr(self, o), o) for o in self.columns],
             loader=None, ids=None, weights=None, uniform=False, bs=0, n=0, full_bs=0, window=None, refine=False, can_refine=True, # the epoch's plan
