@@ -18,7 +18,7 @@ from fastai_is.analysis import machine
 from fastai_is.bench import PROBLEMS, fit_once, markdown, summarise
 from fastai_is.callback.core import Plan
 from fastai_is.callback.importance import ImportanceCB
-from fastai_is.selection import systematic
+from fastai_is.selection import inclusion, systematic
 from fastai_is.variance import keep_within, variance_ratio
 
 
@@ -34,7 +34,7 @@ def forecast(before, after, weights, bins=32):
 class Idea(ImportanceCB):
     "`ImportanceCB` with what is being tried. In one stage, unless it is said to be two"
     def __init__(self, first=1., by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, lr_power=0., lr_times=1., refresh=False,
-            forecasts=False, fresh=False, prefilter=1, **kwargs):
+            forecasts=False, fresh=False, even=False, prefilter=1, **kwargs):
         super().__init__(prefilter=prefilter, bf16=False, **kwargs) # scores in 32 bits, as when the first ideas were measured
         self.first = first           # share of each batch in the first epoch of several, by chance
         self.by_ratio = by_ratio     # bias=min(1, by_ratio/variance_ratio)
@@ -48,7 +48,8 @@ class Idea(ImportanceCB):
         self.refresh = refresh       # BatchNorm's running statistics anew at the end, from 4,096 samples
         self.forecasts = forecasts   # go by what scores like the remembered one turned out to be in the last epoch
         self.fresh = fresh           # in the first epoch of several, choose within each batch by a fresh score, where that pays
-        self.last,self.tight,self.share = None,self.limit,1.
+        self.even = even             # each sample as often as its probabilities add up to, epoch after epoch, instead of by chance in each
+        self.last,self.tight,self.share,self.sums = None,self.limit,1.,None
 
     def number(self, windows, n):
         k = super().number(windows, n)
@@ -84,6 +85,14 @@ class Idea(ImportanceCB):
                 part,m = ids[:len(ids)//res.window*res.window].view(-1,res.window),len(ids)//res.window
                 sel = systematic(torch.ones(part.shape), res.bs, 1., self.generator())
                 res = res._replace(ids=part.gather(1, sel.idxs).flatten(), weights=torch.ones(m*res.bs))
+            if res and self.even:
+                if self.sums is None: self.sums = torch.rand(self.n_ids, generator=self.generator(), dtype=torch.float64) # where each begins
+                part = ids[:len(ids)//res.window*res.window].view(-1,res.window)
+                part,pi = part.flatten(),inclusion(self.store.get(part), res.bs, self.smooth).flatten()
+                now = self.sums[part]+pi
+                due = (now.floor()>self.sums[part].floor()).nonzero()[:,0]
+                self.sums[part],due = now,due[:len(due)//res.bs*res.bs]
+                res = res._replace(ids=part[due], weights=(res.bs/res.window/pi[due]).float())
             self.store.values = vals
         self.last = res if known else None
         return res
@@ -150,6 +159,7 @@ IDEAS = {
     'two stages, two thirds of the first epoch': dict(prefilter=3, first=2/3),
     'two stages, a fresh choice in the first epoch': dict(prefilter=3, fresh=True),
     'two stages, a fresh choice in the first epoch, no weights': dict(prefilter=3, fresh=True, bias=0.),
+    'two stages, evenly over the epochs': dict(prefilter=3, even=True),
 }
 SETTINGS = dict(mnist=(128,6.4e-2), fashion_mnist=(128,6.4e-2), cifar10=(32,2e-2))
 

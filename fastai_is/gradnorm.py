@@ -25,7 +25,7 @@ import fastai.layers
 from fastai.learner import Learner
 from fastai.torch_core import find_bs, get_random_states, set_random_states, to_device
 from .losses import none_reduced, raw_loss, user_loss
-from .scores import no_trace, score_funcs
+from .scores import no_trace, score_funcs, split_batch
 
 # %% ../nbs/02_gradnorm.ipynb #b862b737
 _budget = 2**21 # numbers to hold at a time: what fits a cache, and memory that is used again, is faster than more
@@ -415,10 +415,9 @@ def grad_norms(self:Learner,
     device = next((p.device for p in self.model.parameters()), None)
     try:
         if dl is None: dl = self.dls.train.new(shuffle=False, drop_last=False)
-        n_inp = getattr(dl, 'n_inp', 1)
         with no_trace(self.model):
             for b in progress_bar(dl, leave=False) if hasattr(self, 'progress') else dl:
                 b = tuple(to_device(b, device))
-                res.append(_norms(self.model, loss_func, b[:n_inp], b[n_inp:]).cpu())
+                res.append(_norms(self.model, loss_func, *split_batch(self.dls, b)).cpu())
     finally: set_random_states(**states)
     return torch.cat(res) if res else torch.zeros(0)

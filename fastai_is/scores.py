@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['score_funcs', 'context_names', 'plain_tensors', 'loss_score', 'upper_bound', 'get_score', 'score_context',
-           'apply_score', 'last_layer', 'LayerTap', 'no_trace', 'Scored', 'score_batch', 'make_tap', 'tap_context',
-           'fast_bf16', 'from_logits', 'last_layer_norm']
+           'apply_score', 'last_layer', 'LayerTap', 'no_trace', 'Scored', 'score_batch', 'split_batch', 'make_tap',
+           'tap_context', 'fast_bf16', 'from_logits', 'last_layer_norm']
 
 # %% ../nbs/01_scores.ipynb #314b0851
 import inspect
@@ -229,6 +229,14 @@ def score_batch(
         scores = apply_score(score, pred, yb, loss_func, **tap_context(names, tap, xb, model))
         losses = scores if score is loss_score else raw_loss(loss_func, pred, *yb).detach().float()
         return Scored(scores, losses, loss_func(pred, *yb).detach().as_subclass(Tensor).float().mean())
+
+def split_batch(
+    dls, # The `DataLoaders` that the batch is from
+    b:tuple # A batch
+)->tuple: # Inputs, and targets
+    "A batch as `Learner` splits it"
+    n = getattr(dls, 'n_inp', max(1, len(b)-1))
+    return b[:n],b[n:]
 
 def make_tap(model, names, layer=None):
     "A `LayerTap` if a score that declares `names` needs one, else None"

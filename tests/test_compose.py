@@ -310,11 +310,24 @@ def test_only_where_small_errors_of_predictions_are_small_errors_of_the_loss(los
     cb.learn = learn
     assert cb._wants_bf16() is want
 
-@pytest.mark.parametrize('make', (lambda: make_net().double(), lambda: make_net().half(), lambda: make_net().bfloat16(), lambda: nn.DataParallel(make_net())))
-def test_only_where_the_model_is_in_32_bits_and_in_one_place(make, fast):
+@pytest.mark.parametrize('make', (lambda: make_net().double(), lambda: make_net().half(), lambda: make_net().bfloat16()))
+def test_only_where_the_model_is_in_32_bits(make, fast):
     cb = METHODS['batch']()
     cb.learn = Learner(make_dls(), make(), loss_func=CrossEntropyLossFlat())
     assert cb._wants_bf16() is False
+
+@pytest.mark.parametrize('apart', (False, True))
+def test_only_where_the_model_is_in_one_place(apart, fast):
+    "`ParallelTrainer` puts it into several after the engine's `before_fit`, and the copies would not know the type"
+    seen = []
+    class Parallel(Callback):
+        def before_fit(self):
+            if apart: self.learn.model = nn.DataParallel(self.model)
+        def after_fit(self): self.learn.model = getattr(self.model, 'module', self.model)
+    net = make_net()
+    net.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled('cpu')))
+    quiet_fit(make_learner(model=net), 2, [METHODS['batch'](), Parallel()])
+    assert any(seen) is not apart
 
 def test_within_an_autocast_of_the_users(fast):
     "Casts of weights do not outlive the step they were made in"

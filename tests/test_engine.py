@@ -3,6 +3,7 @@ import warnings
 
 import pytest, torch
 from helpers import *
+from fastai_is.callback import core
 from fastai_is.callback.core import PlannedLoader
 
 PLAIN_SETTINGS = dict(
@@ -351,6 +352,11 @@ def test_scores_are_remembered_across_fits():
     quiet_fit(learn, 1, cb)
     assert learn.recorder.values[0][3] == 1
 
+@pytest.mark.parametrize('a,b,same', ((CrossEntropyLossFlat(), CrossEntropyLossFlat(), True), (F.cross_entropy, F.cross_entropy, True), (F.cross_entropy, F.nll_loss, False),
+    (CrossEntropyLossFlat(), CrossEntropyLossFlat(weight=torch.ones(5)), False), (CrossEntropyLossFlat(), CrossEntropyLossFlat(label_smoothing=.1), False),
+    (lambda p, y, reduction='mean': 0, lambda p, y, reduction='mean': 0, False)))
+def test_what_counts_as_another_loss(a, b, same): assert core._same_loss(a, b) is same
+
 def test_another_loss_begins_anew():
     "Neither the scores nor the normaliser of the former one are used; the same loss goes on with them"
     learn, cb = make_learner(loss=CrossEntropyLossFlat(weight=torch.tensor([1., 2, 8, 1, 4]))), ImportanceCB(keep=.3, gate=None)
@@ -405,7 +411,54 @@ def test_language_model_keeps_its_rows():
     with pytest.warns(UserWarning, match="Using seat='loss'"): quiet_fit(make_learner(dls), 1, [w, ImportanceCB(keep=.3, gate=None)])
     assert [len(b) for b in w.ids[0]] == [64]*9+[24]
 
+@pytest.mark.parametrize('kw', ({}, dict(seat='batch', hold='variance')))
+def test_in_the_loss_the_gate_is_open_also_where_it_is_not_the_seat_asked_for(kw):
+    "A language model's loader allows no other seat; its first epoch is whole, and from then on part of each batch is given weight"
+    dls = make_dls()
+    dls.train.seq_len = 5
+    learn, cb = make_learner(dls, model=nn.Linear(20, 5)), ImportanceCB(limit=3., **kw)
+    if kw: cb.tau = lambda: 1. if learn.epoch == 0 else 4.
+    with pytest.warns(UserWarning, match="Using seat='loss'"): quiet_fit(learn, 5, cb, lr=3e-2)
+    kept = [v[3] for v in learn.recorder.values]
+    assert kept[0] == 1 > .6 > max(kept[1:])
+
+@pytest.mark.parametrize('name', ('seq_len', 'world_size'))
+def test_attributes_of_the_data_set_are_not_the_loaders(name):
+    "fastai's loaders answer for their dataset, and windows of time series have a length too"
+    class Windows(list): pass
+    train, valid = make_data()
+    data = Windows(train)
+    setattr(data, name, 5)
+    dl = DataLoader(data, bs=64)
+    assert hasattr(dl, name) and core.no_ids(dl) is None and core.find_seat(dl, 'epoch') == 'epoch' and not core.loader_has(dl, name)
+    quiet_fit(make_learner(DataLoaders(dl, DataLoader(valid, bs=64))), 1, SelectiveBackprop(every=2))
+    setattr(dl, name, 5)
+    assert core.no_ids(dl) is not None
+    class Wraps:
+        def __init__(self, dl): self.dl = dl
+    assert core.loader_has(Wraps(dl), name) and not core.loader_has([], name)
+
 # Short batches
+@pytest.mark.parametrize('n,k', ((1021, 20), (1023, 7), (1000, 28), (1021, 10), (157, 20)))
+def test_no_window_of_one_sample(n, k):
+    "Windows are as long as it takes to keep 32 of them; where one sample would be left over, it belongs to the last one"
+    cb, w, plans = ImportanceCB(limit=100., floor=k/32, prefilter=1), Watch(), []
+    plan = cb.plan
+    cb.plan = lambda ids, bs: plans.append((len(ids), plan(ids, bs))) or plans[-1][1]
+    quiet_fit(make_learner(make_dls(bs=32, n=n)), 3, [w, cb])
+    for (m, p), ids in zip(plans[1:], w.ids[1:]):
+        assert m == n and min(map(len, ids)) > 1 and sum(map(len, ids)) == len(p.ids) and p.weights.mean() == pytest.approx(1, abs=.15)
+
+@pytest.mark.parametrize('n,drop_last', ((157, False), (157, True), (105, False), (53, False)))
+def test_no_pool_of_one_sample(n, drop_last):
+    "Pools of 52, or of some more where one sample would be left over"
+    cb, w, sizes = ImportanceCB(seat='batch', hold='time', gate=None), Watch(), []
+    cb.tau = lambda: 4.
+    score = cb._score_and_cut
+    cb._score_and_cut = lambda bs: sizes.append(bs) or score(bs)
+    quiet_fit(make_learner(make_dls(bs=32, n=n, drop_last=drop_last)), 2, [w, cb])
+    assert sizes and min(sizes) > 1 and (drop_last or sum(sizes) == 2*n)
+
 @pytest.mark.parametrize('bs,n', ((64, 65), (64, 66), (1, 5), (2, 7), (700, 600)))
 @pytest.mark.parametrize('cb', (lambda: ImportanceCB(keep=.1, gate=None), lambda: ImportanceCB(keep=.1, gate=None, seat='batch'),
     lambda: ImportanceCB(keep=.1, gate=None, seat='loss'), lambda: BatchLossFilter(gate=None), lambda: ImportanceCB()))

@@ -100,6 +100,16 @@ def test_join_undoes_take():
     assert isinstance(got[0], TensorImage) and got[0].equal(b[0]) and got[1]['a'].equal(b[1]['a']) and got[1]['s'] == 2.
     assert all(p.equal(q) for p, q in zip(got[2], b[2])) and got[3:] == b[3:]
 
+@pytest.mark.parametrize('n', (2, 4))
+def test_a_list_of_inputs_is_not_one_of_samples(n):
+    "Also where there are as many of them as samples in the batch; a list of samples with rows of their own stays one"
+    inputs, boxes = [torch.randn(n, 3) for _ in range(n)], [torch.randn(i+1, 4) for i in range(n)]
+    got = take((inputs, boxes), torch.tensor([1]), n)
+    assert len(got[0]) == n and all(a.equal(b[1:2]) for a, b in zip(got[0], inputs)) and len(got[1]) == 1 and got[1][0] is boxes[1]
+    rest = take((inputs, boxes), torch.tensor([i for i in range(n) if i != 1]), n)
+    whole = join([got, rest], [1, n-1])
+    assert all(a.equal(torch.cat([b[1:2], b[:1], b[2:]])) for a, b in zip(whole[0], inputs)) and len(whole[1]) == n and whole[1][1] is boxes[0]
+
 @pytest.mark.parametrize('seat', ('epoch', 'batch', 'loss'))
 def test_on_select(seat):
     seen = []

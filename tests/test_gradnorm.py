@@ -428,3 +428,14 @@ def test_learner_shows_a_bar(capsys):
     assert '%' in capsys.readouterr().out
     with learn.no_bar(): learn.grad_norms()
     assert capsys.readouterr().out == ''
+
+def test_learner_with_two_inputs_in_a_plain_loader():
+    "Split as `Learner` splits a batch: all but the last are inputs"
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.l = nn.Linear(20, 5)
+        def forward(self, a, b): return self.l(a*b)
+    g = torch.Generator().manual_seed(0)
+    items = [(torch.randn(20, generator=g), torch.randn(20, generator=g), torch.tensor(i%5)) for i in range(30)]
+    learn = Learner(DataLoaders(DataLoader(items, bs=8), DataLoader(items, bs=8)), Two(), loss_func=CrossEntropyLossFlat())
+    a, b, y = map(torch.stack, zip(*items))
+    torch.testing.assert_close(learn.grad_norms(), grad_norms(learn.model, learn.loss_func, (a, b), (y,)).cpu())

@@ -287,6 +287,16 @@ def test_a_model_that_the_tiny_net_cannot_follow():
     with pytest.raises(ValueError, match='expected a `proxy`'): quiet_fit(make_learner(model=Two()), 1, ProxyScore())
     with pytest.raises(ValueError, match='images'): tiny_net(torch.Size((2, 3, 4)), 5)
 
+@pytest.mark.parametrize('n_inp', (1, 2))
+def test_inputs_that_the_tiny_net_cannot_take(n_inp):
+    "Such as those of tables: categories, and then numbers"
+    class Table(nn.Module):
+        def __init__(self): super().__init__(); self.emb, self.l = nn.Embedding(5, 5), nn.Linear(20, 5)
+        def forward(self, c, x=None): return self.emb(c)+(0 if x is None else self.l(x))
+    items = [(torch.tensor(i%5), *[torch.randn(20)]*(n_inp-1), torch.tensor(i%5)) for i in range(80)]
+    learn = make_learner(DataLoaders(DataLoader(items, bs=16), DataLoader(items, bs=16)), model=Table())
+    with pytest.raises(ValueError, match='single one of floats: expected a `proxy`'): quiet_fit(learn, 1, ProxyScore())
+
 def test_a_stream_is_thinned_batch_by_batch():
     "No ids, no pools: a third of each batch, said once, and no sample of the stream is lost"
     train, valid = make_data()

@@ -175,6 +175,19 @@ def test_the_first_epoch_is_whole_and_later_fits_remember_it():
     quiet_fit(learn, 1, cb)
     assert not cb.scored and len(cb.losses) == 200, 'another data set is another memory'
 
+@pytest.mark.parametrize('scale_factor', (1, .5))
+def test_fits_of_one_epoch_go_on(scale_factor):
+    "Also where nothing of the first one compares with what is scored later"
+    items = [(torch.randn(1, 8, 8), torch.tensor(i%5)) for i in range(320)]
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    learn, cb, kept = make_learner(DataLoaders(DataLoader(items, bs=32), DataLoader(items[:50], bs=50)), model=model), SelectiveBackprop(scale_factor=scale_factor), []
+    for _ in range(3):
+        quiet_fit(learn, 1, cb)
+        kept += column(learn, 'kept')
+    assert kept[0] == 1 and max(kept[1:]) < .8
+    learn.loss_func = LabelSmoothingCrossEntropyFlat()
+    assert column(quiet_fit(learn, 1, cb), 'kept') == [1], 'another loss, another memory'
+
 def test_start_end_and_interrupt():
     "By the share of training done and, within an epoch, the number of the batch: every third is whole"
     cb, w = Log(2, start=.5, end=.9, interrupt=3), Watch()

@@ -356,3 +356,16 @@ def test_on_real_digits():
     found = (tracker.table['loss'][-1].argsort()[-50:] < 50).sum()
     print(learn.recorder.values[-1], found)
     assert learn.recorder.values[-1][2] > .8 and found > 25
+
+def test_losses_are_those_of_the_model_where_another_one_scores():
+    "With `ProxyScore` the tiny network's passes are not noted"
+    learn, t, cb = make_learner(), SampleTracker(), ProxyScore(warmup=0)
+    with torch.no_grad(): learn.model[-1].weight.mul_(30.)
+    learn.model.eval()
+    with learn.no_bar(): preds, y = learn.get_preds(dl=learn.dls.train.new(shuffle=False, drop_last=False), reorder=False)
+    learn.model[1].momentum, learn.model[3].p = 0., 0.
+    quiet_fit(learn, 1, [t, cb], lr=0., fit='fit')
+    row = t.table[0]
+    known = ~np.isnan(row['loss'])
+    assert known.sum() == row['forwarded'].sum() == row['backpropagated'].sum() == cb.counts['forwarded'] and (row['forwarded'][known] == 1).all()
+    assert row['loss'][known].mean() > 3 > np.log(5) and np.isnan(row['score']).all(), 'the proxy is at about log 5'

@@ -108,24 +108,25 @@ class ImportanceCB(SelectionCB):
             if joined*k>=least or round(m*least/k)>len(ids): m,k = joined*m,joined*k
             else: m,k = round(m*least/k),least # with a part of the next batch
             load = self.prefilter*k if self.prefilter*k<m and s.can_refine else k
-        s.share,at = k/load,len(ids)//m*m
-        if self.dl.drop_last and 0<len(ids)-at<load: at -= m # what is left over cannot fill a batch, and so belongs to the last one
-        whole,tail = ids[:at].view(-1,m),ids[at:]
-        parts = [(w,self.store.get(w),load) for w in whole.split(512) if len(w)]
-        if len(tail): parts.append((tail[None], self.store.get(tail[None]), load if self.dl.drop_last else min(load, max(min(2,len(tail)), round(load*len(tail)/m))))) # a short last batch would be dropped
+        s.share,at,scores = k/load,len(ids)//m*m,self.store.get(ids)
+        if 0<len(ids)-at<(load if self.dl.drop_last else 2): at -= m # what is left over cannot fill a batch, or is one sample, which BatchNorm cannot do with: it belongs to the last window
+        parts = [(w,o,load) for w,o in zip(ids[:at].view(-1,m).split(512), scores[:at].view(-1,m).split(512)) if len(w)]
+        tail = ids[at:]
+        if len(tail): parts.append((tail[None], scores[at:][None], load if self.dl.drop_last else min(load, max(min(2,len(tail)), round(load*len(tail)/m))))) # a short last batch would be dropped
         sels = [(w,systematic(o, n, self.smooth, self.generator())) for w,o,n in parts]
         return Plan(torch.cat([w.gather(1, s.idxs).flatten() for w,s in sels]), torch.cat([s.weights.flatten() for _,s in sels]), load, m, refine=load>k)
 
     def _plan_pools(self, ids, n):
-        "The loader's own order in batches of `n`. Where it drops what is short, the last pool is filled up with the first ids, so that none is lost"
+        "The loader's own order in batches of `n`, or of some more where one sample would be left over. Where it drops what is short, the last pool is filled up with the first ids, so that none is lost"
         n = min(n, len(ids))
+        while n>1 and len(ids)%n==1: n += 1
         return Plan(torch.cat([ids,ids[:-len(ids)%n]]) if self.dl.drop_last else ids, None, n)
 
     # In the batch and in the loss
     def start_fit(self):
         s = self.fit_state
         s.share,s.pool,s.tau,s.part = 1.,1.,(0.,0),None # a running mean of tau and its length; what is left of a pool
-        s.open = self.gate is None or s.seat=='loss'
+        s.open = self.gate is None
         waits = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize)
         self.timer = PassTimer(clock=self.clock, sync=waits.get(next(self.model.parameters()).device.type, noop)) if self.costs=='measured' else None
 
@@ -137,12 +138,13 @@ class ImportanceCB(SelectionCB):
         elif self.hold: pass # sizes follow tau
         elif self.keep!='auto' and (self.gate is None or s.seat=='batch'): s.share = self.keep # in the batch, the gate follows tau
         else: s.share = 1. if w is None else self.number(w, w.shape[1])/w.shape[1]
+        if s.seat=='loss': s.open = True # what was forwarded anyway costs nothing to choose from
 
     def is_on(self, bs):
         s = self.fit_state
-        if s.seat=='batch' and not self.follows_ids and self.learn.train_iter%10==0:
+        if not self.follows_ids and self.learn.train_iter%10==0:
             if self.hold: s.share = min(1., constant_variance(self.tau() or 1., *self.pass_costs))
-            s.open = self._gate_open(bs, self._k(bs))
+            if s.seat=='batch': s.open = self._gate_open(bs, self._k(bs))
         return s.open and self._k(bs)<bs
 
     def _k(self, bs): return min(bs, max(2, round(self.fit_state.share*bs)))

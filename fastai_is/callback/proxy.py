@@ -8,7 +8,7 @@ __all__ = ['forward_cost', 'tiny_net', 'ProxyScore']
 # %% ../../nbs/16_callback.proxy.ipynb #9c0dbd89
 from .core import *
 from ..losses import raw_loss
-from ..scores import no_trace, plain_tensors, score_batch
+from ..scores import no_trace, plain_tensors, score_batch, split_batch
 from ..selection import flatten_weights, systematic
 
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ class ProxyScore(SelectionCB):
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is. An epoch has `1/pool` of the steps.
     Raises a `ValueError` or `TypeError` for settings out of range, and before training begins for a proxy that does not fit the data or the model.
     Source: Zakka, 2018 (the idea); Coleman et al., 2020 (selection by a small network)"""
-    follows_ids,watches = True,False # it plans the size of the batches; the model's own scores are of no interest
+    follows_ids,watches,foreign = True,False,True # it plans the size of the batches; the model's own scores are of no interest
     remembers = SelectionCB.remembers+('epochs','proxy_state')
     @delegates(SelectionCB.__init__, but=['score','seat','seats'])
     def __init__(self,
@@ -90,6 +90,7 @@ class ProxyScore(SelectionCB):
         xb,yb = (take(o, torch.arange(min(2,n)), n) for o in (xb,yb))
         cost,pred = forward_cost(self.model, xb)
         if self.proxy is None and not (isinstance(pred, Tensor) and pred.ndim==2): raise ValueError("The model's output is not of shape [bs, outputs]: expected a `proxy` for it.")
+        if self.proxy is None and not (len(xb)==1 and isinstance(xb[0], Tensor) and xb[0].is_floating_point()): raise ValueError("The model's input is not a single one of floats: expected a `proxy` for it.")
         with self._apart(): self.proxy = tiny_net(xb[0].shape, pred.shape[1]) if self.proxy is None else self.proxy # drawn for in any case, so that a fit that is resumed goes on alike
         self.proxy.to(next(self.model.parameters()).device).train()
         if self.proxy_opt is None: self.proxy_opt = torch.optim.AdamW([p for p in self.proxy.parameters() if p.requires_grad], lr=self.lr)
@@ -121,11 +122,10 @@ class ProxyScore(SelectionCB):
         s,dl = self.fit_state,self.dls.train
         s.tap,s.ready,s.on = None,self.off,False # the model is not looked into
         self.proxy_counts.update(forwarded=0, backpropagated=0)
-        if hasattr(dl, 'seq_len'): raise ValueError(f"The batches of this {type(dl).__name__} continue each other row by row: expected a loader of which samples can be left out.")
+        if loader_has(dl, 'seq_len'): raise ValueError(f"The batches of this {type(dl).__name__} continue each other row by row: expected a loader of which samples can be left out.")
         if s.ready or no_ids(dl) or not len(dl): return # a stream must not lose a batch: its first one will tell
         with aside(dl): b = self.learn._set_device(dl.one_batch())
-        n = getattr(self.dls, 'n_inp', max(1, len(b)-1))
-        self._prepare(b[:n], b[n:])
+        self._prepare(*split_batch(self.dls, b))
 
     def start_epoch(self): self.fit_state.on = self.epochs>=self.warmup
     def plan(self, ids, bs):

@@ -8,6 +8,7 @@ __all__ = ['rank_order', 'OnlineBatchSelection', 'PrioritizedSampling']
 # %% ../../nbs/19_callback.ranked.ipynb #fae19486
 from .core import *
 from .epoch import EpochCB
+from ..scores import split_batch
 from ..selection import redraw, usable
 
 import math
@@ -74,8 +75,7 @@ class OnlineBatchSelection(EpochCB):
             loader = PlannedLoader(dl, lambda *_: (list(range(dl.n)),dl.bs)) # whatever its own order is
             for b in progress_bar(dl, leave=False) if hasattr(self.learn, 'progress') else dl:
                 b = self.learn._set_device(b)
-                i = getattr(self.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
-                scores.append(self.score_of(b[:i], b[i:]).scores.cpu())
+                scores.append(self.score_of(*split_batch(self.dls, b)).scores.cpu())
             loader.undo()
         finally: set_random_states(**states)
         scores = torch.cat(scores)

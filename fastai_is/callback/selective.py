@@ -49,7 +49,7 @@ class SelectiveBackprop(SelectionCB):
     `train_loss` is the mean over the scoring passes where there are any, so it compares with plain training's.
     Raises a `ValueError` for settings out of range, and in `before_fit` for loaders it cannot work with. Source: Jiang et al., 2019"""
     unbiased,queues = False,True
-    remembers = SelectionCB.remembers+('losses','age')
+    remembers = SelectionCB.remembers+('losses','age','epochs')
 
     @delegates(SelectionCB.__init__, but=['score','seat','seats'])
     def __init__(self,
@@ -75,7 +75,7 @@ class SelectiveBackprop(SelectionCB):
         check_setting(gate is None or scale_factor==1, 'gate', gate, f'None with scale_factor={scale_factor!r}, since while it is shut there are only scores of the images as they are')
         super().__init__(score=score, seat='batch', seats=('batch',), **kwargs)
         self.beta,self.every,self.start,self.end,self.interrupt,self.scale_factor,self.history,self.gate = beta,every,start,end,interrupt,scale_factor,history,gate
-        self._forget()
+        self.forget()
 
     @property
     def off(self): return self.beta==0
@@ -84,27 +84,32 @@ class SelectiveBackprop(SelectionCB):
     @property
     def watches(self): return not self.fit_state.stale and self.scale_factor==1 # losses of a chosen few, or of larger images, do not compare
 
-    def _forget(self): self.losses,self.age = torch.empty(0),-1 # the latest losses `[history]`; epochs since the last scored one
+    def forget(self):
+        super().forget()
+        self.losses,self.age,self.epochs = torch.empty(0),-1,0 # the latest losses `[history]`; epochs since the last scored one; epochs trained
 
     def start_fit(self):
-        if self.recent is None: self._forget() # nothing seen yet, or another data set
         self.fit_state.tau = 0.,0
         self._check_loader(self.dls.train)
 
     def start_epoch(self):
         self._check_loader(self.dl) # again, since `DistributedTrainer` replaces it in its own `before_fit`
-        self.fit_state.warm,self.fit_state.stale = self.epoch>0 or len(self.losses)>0,False
+        self.fit_state.stale = False
 
     def _check_loader(self, dl):
         why,name = no_ids(dl),type(dl).__name__
         if self.off or why is None: return
-        if hasattr(dl, 'seq_len') or hasattr(dl, 'world_size'):
+        if loader_has(dl, 'seq_len') or loader_has(dl, 'world_size'):
             raise ValueError(f"SelectiveBackprop puts samples of several batches together, which this {name} does not allow: {why}. Use `BatchLossFilter`.")
         if self.every>1: raise ValueError(f"every={self.every} needs to know the ids in the batches of this {name}, which it cannot: {why}. Use every=1.")
 
     def _active(self):
         s = self.fit_state
-        return s.warm and self.start<=self.learn.pct_train<self.end and (self.gate is None or s.tau[1]>0 and s.tau[0]/(1-.9**s.tau[1])>self.gate)
+        return self.epochs>0 and self.start<=self.learn.pct_train<self.end and (self.gate is None or s.tau[1]>0 and s.tau[0]/(1-.9**s.tau[1])>self.gate)
+
+    def after_train(self):
+        if self.fit_state: self.epochs += 1
+        super().after_train()
 
     # Between scored epochs
     def plan(self, ids, bs):

@@ -7,6 +7,7 @@ __all__ = ['gradient_at', 'svrg_variance', 'SVRG']
 
 # %% ../../nbs/18_callback.svrg.ipynb #3566f51c
 from .core import *
+from ..scores import split_batch
 
 from contextlib import contextmanager
 from itertools import islice
@@ -88,15 +89,14 @@ class SVRG(Callback):
         share:float=1. # Of the training set, in whole batches
     ):
         "Gives random training batches `(xb,yb)`. Within it random numbers are its own; afterwards loader and random states are as before"
-        dl,n = self.dls.train,getattr(self.dls, 'n_inp', None)
+        dl = self.dls.train
         def plan(order, bs, drop_last): # shuffled in any case: BatchNorm should not see one class at a time
             k = len(order) if share==1 else min(len(order), bs*max(1, round(share*len(order)/bs)))
             return [order[i] for i in torch.randperm(len(order))[:k].tolist()],bs
-        def split(b): return b[:n or max(1,len(b)-1)],b[n or max(1,len(b)-1):]
         self.drawn += 1
         with aside(dl, (torch.initial_seed()+self.drawn)%2**63):
             loader = PlannedLoader(dl, plan)
-            try: yield (split(self.learn._set_device(b)) for b in dl)
+            try: yield (split_batch(self.dls, self.learn._set_device(b)) for b in dl)
             finally: loader.undo()
 
     def before_train(self):

@@ -32,7 +32,7 @@ class _Noted(PlannedLoader):
 # %% ../../nbs/15_callback.tracker.ipynb #d028552b
 class SampleTracker(Callback):
     """Note each sample's loss, score, and times forwarded and backpropagated, by dataset id and epoch. Selects nothing and changes nothing.
-    Epochs are counted on from fit to fit; one that was cut short is an epoch. Raises a `ValueError` before training where batches have no ids,
+    Where another model scores, as in `ProxyScore`, its passes are not noted. Epochs are counted on from fit to fit; one that was cut short is an epoch. Raises a `ValueError` before training where batches have no ids,
     and for a training set of another size than the one before. Source: after Toneva et al., 2019"""
     order = SelectionCB.order+1 # when the engine has chosen; before samples are mixed
     run_valid = False
@@ -55,7 +55,7 @@ class SampleTracker(Callback):
             "that were tracked before. Use a new SampleTracker for another data set.")
         engine = next((cb for cb in self.learn.cbs if isinstance(cb, SelectionCB)), None)
         src = SimpleNamespace(ids=None, bs=0, rows=None, scored=None, idxs=None, scores=None) if engine is None else engine.fit_state
-        self.fit_state = SimpleNamespace(n=n, alone=engine is None, src=src, loader=None, last=None, lost=False, passes=[], backs=[])
+        self.fit_state = SimpleNamespace(n=n, alone=engine is None, foreign=engine is not None and engine.foreign, src=src, loader=None, last=None, lost=False, passes=[], backs=[])
 
     def _check(self, dl):
         if (why := no_ids(dl)) is not None: raise ValueError(f"The ids in the batches of this {type(dl).__name__} cannot be known: {why}. "
@@ -133,7 +133,7 @@ class SampleTracker(Callback):
 
     def _note_scoring(self):
         s,res = self.fit_state,self.fit_state.src.scored
-        if res is None or res is s.last: return
+        if s.foreign or res is None or res is s.last: return
         s.last = res
         s.passes.append((self._loaded(), None, res.losses, res.scores))
 
@@ -141,9 +141,9 @@ class SampleTracker(Callback):
         s = self.fit_state
         if s is None or s.lost: return
         f = s.src
-        if f.scored is not None: return s.passes.append((f.rows, f.idxs, None, None))
+        if f.scored is not None and not s.foreign: return s.passes.append((f.rows, f.idxs, None, None))
         with plain_tensors(), torch.no_grad(): losses = raw_loss(self.loss_func, self.pred, *self.yb)
-        s.passes.append((f.rows, None, losses, f.scores))
+        s.passes.append((f.rows, None if f.scored is None else f.idxs, losses, f.scores))
 
     def after_backward(self):
         s = self.fit_state
