@@ -138,7 +138,7 @@ class ImportanceCB(SelectionCB):
         elif self.hold: pass # sizes follow tau
         elif self.keep!='auto' and (self.gate is None or s.seat=='batch'): s.share = self.keep # in the batch, the gate follows tau
         else: s.share = 1. if w is None else self.number(w, w.shape[1])/w.shape[1]
-        if s.seat=='loss': s.open = True # what was forwarded anyway costs nothing to choose from
+        if s.seat=='loss' and not self.follows_ids: s.open = True # what was forwarded anyway costs nothing to choose from
 
     def is_on(self, bs):
         s = self.fit_state
