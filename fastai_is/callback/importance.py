@@ -109,7 +109,8 @@ class ImportanceCB(SelectionCB):
             else: m,k = round(m*least/k),least # with a part of the next batch
             load = self.prefilter*k if self.prefilter*k<m and s.can_refine else k
         s.share,at,scores = k/load,len(ids)//m*m,self.store.get(ids)
-        if 0<len(ids)-at<(load if self.dl.drop_last else 2): at -= m # what is left over cannot fill a batch, or is one sample, which BatchNorm cannot do with: it belongs to the last window
+        short = load if self.dl.drop_last else 1+(len(ids)%bs!=1)
+        if 0<len(ids)-at<short: at -= m # what is left over cannot fill a batch, or is one sample, for BatchNorm too few, where plain training leaves more: it belongs to the last window
         parts = [(w,o,load) for w,o in zip(ids[:at].view(-1,m).split(512), scores[:at].view(-1,m).split(512)) if len(w)]
         tail = ids[at:]
         if len(tail): parts.append((tail[None], scores[at:][None], load if self.dl.drop_last else min(load, max(min(2,len(tail)), round(load*len(tail)/m))))) # a short last batch would be dropped
