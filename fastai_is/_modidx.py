@@ -432,6 +432,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'fastai_is/callback/selective.py'),
                                               'fastai_is.callback.selective.SelectiveBackprop.follows_ids': ( 'callback.selective.html#selectivebackprop.follows_ids',
                                                                                                               'fastai_is/callback/selective.py'),
+                                              'fastai_is.callback.selective.SelectiveBackprop.foreign': ( 'callback.selective.html#selectivebackprop.foreign',
+                                                                                                          'fastai_is/callback/selective.py'),
                                               'fastai_is.callback.selective.SelectiveBackprop.forget': ( 'callback.selective.html#selectivebackprop.forget',
                                                                                                          'fastai_is/callback/selective.py'),
                                               'fastai_is.callback.selective.SelectiveBackprop.is_on': ( 'callback.selective.html#selectivebackprop.is_on',

@@ -378,6 +378,7 @@ def grad_norms(
     without a per-sample form. Warns where a model cannot be taken layer by layer, which is slower.
     Sources: Goodfellow, 2015; Rochette et al., 2019; Bu et al., 2022, 'Scalable and Efficient Training of Large Convolutional Neural
     Networks with Differential Privacy' (ghost norms)."""
+    if isinstance(model, nn.DataParallel): model = model.module # its copies on other devices would all speak to one set of hooks
     _check_batchnorm(model)
     xb,yb = (tree_map(lambda t: t.as_subclass(Tensor) if isinstance(t, Tensor) else t, b if isinstance(b, tuple) else (b,)) for b in (xb,yb))
     args = model,loss_func,xb,yb,find_bs(yb)

@@ -329,6 +329,26 @@ def test_only_where_the_model_is_in_one_place(apart, fast):
     quiet_fit(make_learner(model=net), 2, [METHODS['batch'](), Parallel()])
     assert any(seen) is not apart
 
+class TwoDevices(Callback):
+    "What `ParallelTrainer` does, as far as it goes without two devices"
+    def before_fit(self): self.learn.model = nn.DataParallel(self.model); self.learn.model.device_ids = [0,1]
+    def after_fit(self): self.learn.model = getattr(self.model, 'module', self.model)
+
+def test_a_layer_of_which_there_are_copies_is_refused_before_training():
+    learn, steps = make_learner(), []
+    class Steps(Callback):
+        def before_batch(self): steps.append(1)
+    with pytest.raises(ValueError, match="looks into a layer.*each of 2 devices.*'upper_bound' without `layer`"): quiet_fit(learn, 1, [ImportanceCB(score='last_layer'), TwoDevices(), Steps()])
+    assert not steps
+
+def test_options_that_would_do_nothing_are_refused():
+    "`bf16` is about scoring passes by the model"
+    for m in (RandomSubset, SoftPrune, LossResampler, PrioritizedSampling, ProxyScore):
+        with pytest.raises(TypeError, match='bf16'): m(bf16=True)
+        assert 'bf16' not in inspect.signature(m).parameters
+    for m in (ImportanceCB, BatchLossFilter, SelectiveBackprop, OnlineBatchSelection, CoresetSelection):
+        assert m(bf16=True).bf16 and 'bf16' in inspect.signature(m).parameters
+
 def test_within_an_autocast_of_the_users(fast):
     "Casts of weights do not outlive the step they were made in"
     worst = []

@@ -439,3 +439,11 @@ def test_learner_with_two_inputs_in_a_plain_loader():
     learn = Learner(DataLoaders(DataLoader(items, bs=8), DataLoader(items, bs=8)), Two(), loss_func=CrossEntropyLossFlat())
     a, b, y = map(torch.stack, zip(*items))
     torch.testing.assert_close(learn.grad_norms(), grad_norms(learn.model, learn.loss_func, (a, b), (y,)).cpu())
+
+def test_under_data_parallel_it_is_one_model():
+    "Copies on several devices would share the hooks that the norms are taken by"
+    class Copies(nn.DataParallel):
+        def forward(self, *x): raise AssertionError('replicated')
+    torch.manual_seed(0)
+    model, xb, yb = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(6, 4), torch.randint(3, (6,))
+    torch.testing.assert_close(grad_norms(Copies(model), F.cross_entropy, xb, yb), loop(model, F.cross_entropy, xb, yb), rtol=1e-4, atol=0)

@@ -369,3 +369,16 @@ def test_losses_are_those_of_the_model_where_another_one_scores():
     known = ~np.isnan(row['loss'])
     assert known.sum() == row['forwarded'].sum() == row['backpropagated'].sum() == cb.counts['forwarded'] and (row['forwarded'][known] == 1).all()
     assert row['loss'][known].mean() > 3 > np.log(5) and np.isnan(row['score']).all(), 'the proxy is at about log 5'
+
+def test_losses_are_those_of_whole_images_where_smaller_ones_are_scored():
+    "With `SelectiveBackprop(scale_factor=.5)` those passes are not noted"
+    class Size(nn.Module):
+        "Its loss is the width of the image, and 0 where the target is 0"
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(()))
+        def forward(self, x): return F.pad(torch.full((len(x),1), float(x.shape[-1])), (0,9))*(1+self.w)
+    dls, t = mnist(n=640, bs=64), SampleTracker()
+    learn = Learner(dls, Size(), loss_func=CrossEntropyLossFlat())
+    quiet_fit(learn, 2, [t, SelectiveBackprop(1, scale_factor=.5)], lr=0., fit='fit')
+    got = t.table['loss']
+    known = got[~np.isnan(got)]
+    assert 640 < len(known) < 1280 and set(np.round(known)) == {0, 28}, 'those of images that are scored would be 14'

@@ -224,7 +224,7 @@ class SelectionCB(Callback):
     off = False           # does it keep everything anyway? Then nothing is done but counting
     follows_ids = False   # does it need `plan`, and the ids of each batch, outside the epoch seat too?
     queues = False        # do chosen samples wait until they fill a batch?
-    foreign = False       # do scoring passes run another model than the one that is trained?
+    foreign = False       # do scoring passes run another model than the one that is trained, or on other inputs?
     columns = 'kept',     # what fit's table gains
     remembers = 'fits','n_ids','recent','normaliser' # what `state_dict` holds besides the scores
 
@@ -334,6 +334,9 @@ class SelectionCB(Callback):
         self._remember() # after an epoch that was cut short
         if not any(m is s.metrics[0] for m in self.learn.metrics): self.learn.metrics = self.learn.metrics + s.metrics
         s.trained,s.offered,s.steps,s.ids,s.weights = 0,0,0,None,None
+        if s.tap and isinstance(self.model, nn.DataParallel) and len(self.model.device_ids)>1: # not earlier: `ParallelTrainer` wraps the model in its own `before_fit`
+            raise ValueError(f"The score {self.score!r} looks into a layer, of which DataParallel makes a copy on each of {len(self.model.device_ids)} devices: "
+                "expected a score of the predictions alone, such as 'upper_bound' without `layer`, or a model on one device.")
         if s.seat==self.seat: s.seat = find_seat(self.dl, s.seat) # not earlier: `DistributedTrainer` replaces the loader in its own `before_fit`
         follow = any(getattr(cb, 'follows_ids', False) for cb in self.learn.cbs)
         if follow and s.follow and s.seat!='epoch' and (why := no_ids(self.dl)): # tell it once

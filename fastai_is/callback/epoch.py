@@ -38,14 +38,14 @@ class EpochCB(SelectionCB):
 class RandomSubset(EpochCB):
     """Train on a new random subset of the samples each epoch, in fewer steps: the control for methods that choose by score. Unbiased.
     Raises a `ValueError` for settings out of range or a loader without ids. Source: Okanovic et al., 2023 (RS2)"""
-    @delegates(SelectionCB.__init__, but=['score','seat','seats'])
+    @delegates(SelectionCB.__init__, but=['score','seat','seats','bf16'])
     def __init__(self,
         keep:float=.5, # Share of the samples in each epoch, above 0 to 1
         score='loss', # Name of a score, or a function `score(pred, *yb, loss_func)`, to remember; it does not matter for the choice
         **kwargs
     ):
         check_setting(is_number(keep) and 0<keep<=1, 'keep', keep, 'a share above 0 and up to 1')
-        super().__init__(score=score, **kwargs)
+        super().__init__(score=score, bf16=False, **kwargs)
         self.keep = keep
 
     @property
@@ -64,7 +64,7 @@ class SoftPrune(EpochCB):
     """Leave out a random part of the samples whose loss is below the mean and give the others of these more weight, in fewer steps. Unbiased for
     remembered losses. Everything in the first epoch and in those that end after `delta` of the training.
     Raises a `ValueError` for settings out of range or a loader without ids. Source: Qin et al., 2024 (InfoBatch)"""
-    @delegates(SelectionCB.__init__, but=['score','seat','seats'])
+    @delegates(SelectionCB.__init__, but=['score','seat','seats','bf16'])
     def __init__(self,
         drop:float=.3, # Share of all samples to leave out, from 0 to below 1; at most nine tenths of those below the mean
         delta:float=.875, # Share of the training after which everything is trained on, 0 to 1
@@ -73,7 +73,7 @@ class SoftPrune(EpochCB):
     ):
         check_setting(is_number(drop) and 0<=drop<1, 'drop', drop, 'a share from 0 to below 1')
         check_setting(is_number(delta) and 0<=delta<=1, 'delta', delta, 'a share from 0 (never prune) to 1 (prune to the end)')
-        super().__init__(score=score, **kwargs)
+        super().__init__(score=score, bf16=False, **kwargs)
         self.drop,self.delta = drop,delta
 
     @property
@@ -97,7 +97,7 @@ class LossResampler(EpochCB):
     Biased towards samples with a high loss; with `bias=1` unbiased for the samples that are in, whose mean loss `train_loss` estimates.
     Raises a `ValueError` for settings out of range or a loader without ids. Source: Kevin Zakka, 2018, 'Learning What to Learn and When to Learn It'"""
     remembers = EpochCB.remembers+('epochs','out')
-    @delegates(SelectionCB.__init__, but=['score','seat','seats'])
+    @delegates(SelectionCB.__init__, but=['score','seat','seats','bf16'])
     def __init__(self,
         transient:int=1, # Number of plain epochs, at least 1
         drop:float=.1, # Share of the samples still in to drop after each steady epoch, from 0 to below 1
@@ -110,7 +110,7 @@ class LossResampler(EpochCB):
         check_setting(is_number(drop) and 0<=drop<1, 'drop', drop, 'a share from 0 to below 1')
         check_setting(is_number(readmit) and 0<=readmit<=1, 'readmit', readmit, 'a share from 0 (none comes back) to 1 (all do)')
         check_setting(is_number(bias) and 0<=bias<=1, 'bias', bias, 'a number from 0 (unweighted) to 1 (unbiased)')
-        super().__init__(score=score, **kwargs)
+        super().__init__(score=score, bf16=False, **kwargs)
         self.transient,self.drop,self.readmit,self.bias = transient,drop,readmit,bias
         self.epochs,self.out = 0,torch.zeros(0, dtype=torch.bool) # epochs begun, and for each id whether it is out
 

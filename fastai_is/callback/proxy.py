@@ -50,7 +50,7 @@ class ProxyScore(SelectionCB):
     Source: Zakka, 2018 (the idea); Coleman et al., 2020 (selection by a small network)"""
     follows_ids,watches,foreign = True,False,True # it plans the size of the batches; the model's own scores are of no interest
     remembers = SelectionCB.remembers+('epochs','proxy_state')
-    @delegates(SelectionCB.__init__, but=['score','seat','seats'])
+    @delegates(SelectionCB.__init__, but=['score','seat','seats','bf16'])
     def __init__(self,
         proxy:nn.Module|None=None, # A small network with the model's inputs and outputs; None: `tiny_net`
         pool:int=3, # Number of batches to choose one from
@@ -68,7 +68,7 @@ class ProxyScore(SelectionCB):
         check_setting(is_number(smooth) and 0<=smooth<=1, 'smooth', smooth, 'a share from 0 (scores alone) to 1 (uniform)')
         check_setting(is_number(lr) and 0<lr<float('inf'), 'lr', lr, 'a learning rate above 0, such as 0.003')
         check_setting(is_whole(warmup), 'warmup', warmup, 'a whole number of epochs from 0')
-        super().__init__(score=score, seat='batch', seats=('batch',), **kwargs)
+        super().__init__(score=score, seat='batch', seats=('batch',), bf16=False, **kwargs)
         self.proxy,self.pool,self.bias,self.smooth,self.lr,self.warmup = proxy,pool,bias,smooth,lr,warmup
         self.proxy_opt,self.saved,self.epochs,self.proxy_cost = None,None,0,0.
         self.proxy_counts = dict(forwarded=0, backpropagated=0)

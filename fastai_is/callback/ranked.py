@@ -86,7 +86,7 @@ class PrioritizedSampling(EpochCB):
     """Draw each epoch with replacement by priority, with weights to the power `beta`, which rises to 1 in the course of training. Unbiased with `beta=1`;
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `beta` is. The first epoch is plain.
     Raises a `ValueError` for settings out of range or a loader without ids. Source: Schaul et al., 2015"""
-    @delegates(SelectionCB.__init__, but=['score','seat','seats'])
+    @delegates(SelectionCB.__init__, but=['score','seat','seats','bf16'])
     def __init__(self,
         kind:str='proportional', # 'proportional': probabilities in proportion to `(loss+eps)**alpha`; 'rank': to `(1/rank)**alpha`
         alpha:float=.6, # How much priorities matter: 0 not at all, which is plain training; 1 in proportion
@@ -99,7 +99,7 @@ class PrioritizedSampling(EpochCB):
         check_setting(is_number(alpha) and 0<=alpha<=4, 'alpha', alpha, 'a number from 0 to 4 (above, small priorities would round to 0), such as 0.6')
         check_setting(is_number(beta) and 0<=beta<=1, 'beta', beta, 'a number from 0 (unweighted) to 1 (unbiased)')
         check_setting(is_number(eps) and 0<eps<math.inf, 'eps', eps, 'a number above 0, small against the losses, such as 1e-6')
-        super().__init__(score=score, **kwargs)
+        super().__init__(score=score, bf16=False, **kwargs)
         self.kind,self.alpha,self.beta,self.eps = kind,alpha,beta,eps
 
     @property

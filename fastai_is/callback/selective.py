@@ -82,6 +82,8 @@ class SelectiveBackprop(SelectionCB):
     @property
     def follows_ids(self): return self.every>1 and not self.off
     @property
+    def foreign(self): return self.scale_factor<1 # then what is scored is not what is trained on
+    @property
     def watches(self): return not self.fit_state.stale and self.scale_factor==1 # losses of a chosen few, or of larger images, do not compare
 
     def forget(self):
