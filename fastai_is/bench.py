@@ -8,18 +8,21 @@ __all__ = ['PROBLEMS', 'METHODS', 'Problem', 'small_resnet', 'mnist_problem', 'f
            'Runs', 'tune', 'summarise', 'markdown', 'plot_frontier', 'bench']
 
 # %% ../nbs/26_bench.ipynb #25a74396
-import gc, inspect, math, os, time
+import gc, inspect, math, os, time, zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+from scipy import stats
 from torch import nn
 from fastai.callback.core import Callback, CancelValidException
 import fastai.callback.schedule
+from fastai.callback.progress import ShowGraphCallback
+from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.data.core import DataLoaders
 from fastai.layers import ConvLayer, Flatten, ResBlock
@@ -32,7 +35,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from fastprogress.fastprogress import progress_bar
 import fastai_is
 from .analysis import cost_at, machine
-from .callback.core import check_setting, is_number, is_whole
+from .callback.core import check_setting, is_number, is_whole, no_ids
 from .callback.epoch import RandomSubset, SoftPrune
 from .callback.filter import BatchLossFilter
 from .callback.importance import ImportanceCB
@@ -45,9 +48,9 @@ from .demo import small_convnet
 @dataclass
 class Problem:
     "What is trained, and on what"
-    name:str # Of the data, as it is shown beside results
+    name:str # Of the data, as it is shown beside results; another one for other settings of the `Learner`, which runs are not told apart by
     model:str # Of the model
-    make:Callable # `make(bs)`: a new `Learner` with batches of `bs`, whose first metric is an accuracy from 0 to 1
+    make:Callable # `make(bs)`: a new `Learner` with batches of `bs`, whose first metric is an accuracy: 1 at best, the higher the better
     lr:float # A good peak learning rate of the one-cycle schedule for batches of `bs`: the middle of those that are tried
     bs:int=128 # Batch size that `lr` is for
 
@@ -103,15 +106,23 @@ METHODS = dict(plain=None, random=RandomSubset, importance=ImportanceCB, blf=Bat
     infobatch=SoftPrune, online_batch=OnlineBatchSelection, prioritized=PrioritizedSampling)
 
 # %% ../nbs/26_bench.ipynb #e499a218
+_shown = str,int,float,tuple,list
+
 def describe(
     cb:Callback|None # A method's callback; None for plain training
 )->str: # Such as 'RandomSubset(keep=0.5, score=loss_score)'; '' for None
     "A callback's class and settings in one line"
     if cb is None: return ''
     def show(v):
-        if v is None or isinstance(v, (str,int,float,tuple,list)): return repr(v)
-        return getattr(v, '__name__', type(v).__name__) # their `repr` may hold an address, which differs from run to run
-    names = [k for k in inspect.signature(type(cb).__init__).parameters if k in vars(cb)]
+        if v is None or isinstance(v, _shown): return repr(v)
+        if isinstance(v, partial): return f"partial({', '.join([show(v.func),*map(show, v.args),*(f'{k}={show(o)}' for k,o in v.keywords.items())])})"
+        name = getattr(v, '__name__', type(v).__name__) # their `repr` may hold an address, which differs from run to run
+        if name!='<lambda>': return name
+        code = v.__code__
+        return f'<lambda {zlib.crc32(repr((code.co_code,code.co_consts,code.co_names)).encode()):08x}>'
+    params = [p for p in inspect.signature(type(cb).__init__).parameters.values() if p.name!='self' and p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD)]
+    names = [p.name for p in params if p.name in vars(cb)]
+    if len(names)<len(params): names += [k for k,v in vars(cb).items() if k not in names and k[0]!='_' and isinstance(v, _shown)] # it keeps settings by other names
     return f"{type(cb).__name__}({', '.join(f'{k}={show(getattr(cb, k))}' for k in names)})"
 
 # %% ../nbs/26_bench.ipynb #24e9586f
@@ -149,8 +160,9 @@ def fit_once(
     lr:float, # Peak learning rate
     cb:Callback|None=None, # The method; None for plain training
     clock:Callable=time.perf_counter # Tells the time, in seconds
-)->dict: # seconds, forwarded, backpropagated, cost (samples), accuracy (%), valid_loss, train_loss (smoothed, at the end, as the method reports it)
-    "Train, and measure what it cost and what it reached"
+)->dict: # seconds, forwarded, backpropagated, cost (samples), accuracy (%, 0 for NaN), valid_loss, train_loss (smoothed, at the end, as the method reports it)
+    """Train, and measure what it cost and what it reached. Of a method that runs a network of its own, such as `ProxyScore`, the cost is what its `cost()` says;
+    `forwarded` and `backpropagated` are the model's. Raises a `ValueError` for a metric that is no accuracy"""
     wait = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize).get(next(learn.model.parameters()).device.type, noop)
     gc.collect() # what earlier fits have left behind is not to be paid for in this one
     with learn.no_bar(), learn.no_logging():
@@ -160,20 +172,34 @@ def fit_once(
             wait()
             seconds = clock()-start
         train_loss = float(learn.recorder.losses[-1])
-        valid_loss,acc = learn.validate()[:2]
-    return dict(seconds=seconds, **counts, cost=fwd_bwd_cost(**counts), accuracy=100*acc, valid_loss=valid_loss, train_loss=train_loss)
+        valid_loss,acc = _validate(learn)
+    cost = cb.cost() if hasattr(cb, 'cost') else fwd_bwd_cost(**counts)
+    return dict(seconds=seconds, **counts, cost=cost, accuracy=100*acc, valid_loss=valid_loss, train_loss=train_loss)
+
+def _validate(learn):
+    "Loss and accuracy, of a model that broke down 0: whatever is compared with NaN is neither better nor worse"
+    loss,acc,*_ = learn.validate()
+    check_setting(is_number(acc) and not acc>1, 'metrics', f'{learn.metrics[0].name}: {acc}', 'an accuracy first, of which 1 is the best: make the Learner with `metrics=accuracy`')
+    return loss,0. if math.isnan(acc) else acc
 
 # %% ../nbs/26_bench.ipynb #d1bd0a76
+def _plain_bounds(curves, accuracy):
+    "The least and the most that plain training may cost where it reaches `accuracy`; the same where all its settings tell"
+    found = []
+    for costs,accs in curves:
+        if accuracy<accs[np.argmin(costs)]: found.append((0.,float(np.min(costs)))) # perhaps a smaller budget would do
+        elif accuracy<=np.max(accs): found.append((cost_at(costs, accs, accuracy),)*2)
+        else: found.append((float(np.max(costs)),math.inf)) # nobody knows how far it would have come
+    low,high = zip(*found)
+    return min(low),min(high)
+
 def plain_cost(
     curves:list, # For each setting of plain training a pair: costs `[m]`, in any unit, and accuracies `[m]`
     accuracy:float # The accuracy to match
 )->tuple: # The cost, and a sign: '' for exactly, '<' for at most, '>' for more than that
     "What plain training costs where it reaches `accuracy`, by its cheapest setting"
-    found = []
-    for costs,accs in curves:
-        if accuracy<accs[np.argmin(costs)]: found.append((float(np.min(costs)),'<'))
-        elif accuracy<=np.max(accs): found.append((cost_at(costs, accs, accuracy),''))
-    return min(found, default=(float(min(np.max(costs) for costs,_ in curves)),'>'))
+    low,high = _plain_bounds(curves, accuracy)
+    return (low,'>') if high==math.inf else (high,'<' if low<high else '')
 
 def speed_up(
     curves:list, # As for `plain_cost`
@@ -189,22 +215,24 @@ def speed_up_interval(
     curves:list, # For each setting of plain training a pair: costs `[m, seeds]` and accuracies `[m, seeds]`
     costs, # What the method costs, in the unit of `curves` `[seeds]`
     accuracies, # What it reaches `[seeds]`
-    draws:int=2000 # How often to draw seeds
+    draws:int=4000 # How often to draw seeds
 )->tuple: # Lower and upper end, from 0 to infinity; NaN with fewer than two seeds
-    "The 95 % interval of `speed_up`, by a bootstrap over seeds. The same seeds are drawn for all, and the same draws each time"
+    """The 95 % interval of `speed_up`, by a bootstrap over seeds, with percentiles that are expanded for a small number of them: up to three seeds, the range of all
+    draws, which is narrower than 95 %. The same seeds are drawn for all, and the same draws each time. Source: Hesterberg, 2015, 'What Teachers Should Know About the Bootstrap'"""
     s,ends = len(costs),[]
     if s<2: return math.nan,math.nan
     counts = np.random.default_rng(0).multinomial(s, [1/s]*s, draws)
     for w,n in zip(*np.unique(counts, axis=0, return_counts=True)): # there are few different draws of few seeds
         def mean(o): return np.asarray(o)@w/s
-        v,sign = speed_up([(mean(c),mean(a)) for c,a in curves], mean(costs), mean(accuracies))
-        ends += [(0. if sign=='<' else v, math.inf if sign=='>' else v)]*n
-    (low,high),out = (sorted(o) for o in zip(*ends)),int(.025*draws)
+        cost = mean(costs)
+        ends += [tuple(o/cost for o in _plain_bounds([(mean(c),mean(a)) for c,a in curves], mean(accuracies)))]*n
+    low,high = (sorted(o) for o in zip(*ends))
+    out = int(draws*stats.norm.cdf(-math.sqrt(s/(s-1))*stats.t.ppf(.975, s-1)))
     return float(low[out]),float(high[-1-out])
 
 # %% ../nbs/26_bench.ipynb #3c451c9e
 _key = dict(stage='string', data='string', n='int64', n_valid='int64', model='string', method='string', settings='string', bs='int64', lr='float64',
-    epochs='int64', seed='int64', machine='string', version='string')
+    epochs='int64', seed='int64', machine='string', version='string', clock='string')
 _measured = dict(seconds='float64', forwarded='int64', backpropagated='int64', cost='float64',
     accuracy='float64', valid_loss='float64', train_loss='float64')
 
@@ -215,12 +243,14 @@ def _pyarrow():
 
 class Runs:
     """Runs in a Parquet file, which is written after each. It is replaced as a whole, so that an interruption leaves the old one or the new.
-    Raises an `ImportError` without pyarrow"""
+    Raises an `ImportError` without pyarrow, and a `ValueError` for a file that holds something else"""
     def __init__(self,
         path:str|Path # The file, which need not be there yet
     ):
         self.pq,self.path = _pyarrow(),Path(path)
         self.rows = self.pq.read_table(self.path).to_pylist() if self.path.exists() else []
+        lacks = [k for k in _key|_measured if self.rows and k not in self.rows[0]]
+        check_setting(not lacks, 'path', str(self.path), f"the runs of this version of the benchmark, with {', '.join(lacks)}. Take another folder")
     def find(self,
         **key # Columns and their values
     )->dict|None: # The row; None if there is none
@@ -243,7 +273,8 @@ class _Runner:
     def __init__(self, problem, runs, learn, clock):
         self.problem,self.runs,self.clock,self.warm = problem,runs,clock,False
         self.about = dict(data=problem.name, n=len(learn.dls.train_ds), n_valid=len(learn.dls.valid_ds), model=problem.model,
-            machine=machine().rpartition(';')[0], version=fastai_is.__version__) # without the size of analysis notebooks
+            machine=machine().rpartition(';')[0], version=fastai_is.__version__, # without the size of analysis notebooks
+            clock=getattr(clock, '__name__', type(clock).__name__))
     def __call__(self, stage, method, make, bs, lr, epochs, seed):
         cb = make() if make else None
         key = dict(self.about, stage=stage, method=method, settings=describe(cb), bs=bs, lr=lr, epochs=epochs, seed=seed)
@@ -256,7 +287,9 @@ class _Runner:
     def _warm_up(self, bs, lr):
         "The first steps of a process are slow: part of an epoch that is not recorded"
         learn,self.warm = self.problem.make(bs),True
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, lr, cbs=ShortEpochCallback(.1))
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(1, lr, cbs=ShortEpochCallback(.1))
+            _validate(learn) # a metric that will not do is told now
 
 # %% ../nbs/26_bench.ipynb #e5f1a239
 def tune(
@@ -283,10 +316,11 @@ def _curves(tbl, unit):
     return [(g[unit].values,g.accuracy.values) for _,g in tbl[tbl.method=='plain'].groupby(['bs','lr'], sort=False)]
 
 def summarise(
-    runs:pd.DataFrame # Runs of one problem, a row for each fit
+    runs:pd.DataFrame # Runs of one problem, a row for each fit; those of tuning, where they are marked, are left out
 )->pd.DataFrame: # A row for each method, setting and budget
     """Means over the seeds that all have, and the speed-up of each method, in columns that begin with seconds or cost and end with
     `_speed_up`, `_bound` ('', '<' or '>'), `_low` and `_high`. Raises a `ValueError` where there is no such seed, or one was run twice"""
+    if 'stage' in runs: runs = runs[runs.stage=='compare']
     by = ['method','bs','lr','epochs']
     if runs.duplicated(by+['seed']).any():
         raise ValueError("There are several runs with the same method, setting, budget and seed: expected one. Filter them, such as by machine.")
@@ -329,11 +363,12 @@ def markdown(
 
 def plot_frontier(
     tbl:pd.DataFrame, # What `summarise` returns
-    title:str='Accuracy against cost' # Title of the picture
+    title:str='Accuracy against cost', # Title of the picture
+    seconds:str='seconds of training' # What the seconds are
 )->plt.Figure:
     "Accuracy against seconds and against samples: plain training's settings and their frontier, and the methods, with standard deviations over seeds"
     fig,axs = plt.subplots(1, 2, figsize=(13.5,4.6), sharey=True)
-    colors = dict(zip(tbl.method[tbl.method!='plain'].unique(), cycle([f'C{i}' for i in range(10) if i!=7]))) # grey is plain training's
+    looks = dict(zip(tbl.method[tbl.method!='plain'].unique(), product('DP*', [f'C{i}' for i in range(10) if i!=7]))) # grey is plain training's
     for ax,unit,scale in zip(axs, _units, (1,1000)):
         curves,marks = _curves(tbl, unit),cycle('osv')
         accs = np.concatenate([a for _,a in curves])
@@ -341,14 +376,14 @@ def plot_frontier(
         ax.plot([plain_cost(curves, a)[0]/scale for a in steps], steps, color='.8', lw=7, label="plain training's frontier")
         for (method,bs,lr),g in tbl.groupby(['method','bs','lr'], sort=False):
             look = dict(marker=next(marks), ls='--', color='.4', label=f'plain, batches of {bs}, rate {lr:.2g}') if method=='plain' \
-                else dict(marker='D', color=colors[method], label=method)
+                else dict(zip(('marker','color'), looks[method]), label=method)
             ax.errorbar(g[unit]/scale, g.accuracy, g.accuracy_sd, capsize=2, lw=1, ms=4, **look)
         ax.set_xscale('log')
         ax.xaxis.set_major_locator(LogLocator(subs=(1,2,5)))
         ax.xaxis.set_major_formatter(FormatStrFormatter('%g'))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=.3, which='both')
-    axs[0].set(xlabel='seconds of training', ylabel='accuracy on the validation set (%)')
+    axs[0].set(xlabel=seconds, ylabel='accuracy on the validation set (%)')
     axs[1].set(xlabel='cost: (forwarded + 2 backpropagated)/3, in thousands of samples')
     axs[1].legend(fontsize='small', loc='upper left', bbox_to_anchor=(1.01,1))
     fig.suptitle(title)
@@ -374,11 +409,12 @@ def _makers(methods):
     for k,v in methods.items():
         if k in ('plain','random'): check_setting(v is None or v is METHODS[k], f'methods[{k!r}]', v, 'another name for it: this one is taken')
         else:
-            check_setting(callable(v), f'methods[{k!r}]', v, "a function that makes a callback; None is for 'plain'")
+            check_setting(callable(v) and not isinstance(v, Callback), f'methods[{k!r}]', v, "a function that makes a callback, such as its class, for each fit has one of its own; None is for 'plain'")
             makers[k] = v
     for k,v in makers.items():
-        try: v()
+        try: cb = v()
         except ImportError as e: missing[k] = str(e)
+        else: check_setting(isinstance(cb, Callback), f'methods[{k!r}]', v, f'a function that makes a callback, but it made {cb!r}')
     makers = {k:v for k,v in makers.items() if k not in missing}
     check_setting(makers or not random, 'methods', list(methods), "one more method, such as importance, for 'random' to keep as much as that does")
     return makers,missing
@@ -397,61 +433,98 @@ def bench(
     command:str='' # What to type for the same again, to be shown below the table
 )->pd.DataFrame: # The summary, as of `summarise`
     """Measure the speed-up of `methods` over plain training at matched accuracy. Before anything is trained, raises a `ValueError` for arguments that
-    cannot work, an `ImportError` without pyarrow, and an `OSError` where there is no data or no folder to write to"""
+    cannot work, an `ImportError` without pyarrow, and an `OSError` where there is no data, no folder to write to, or another benchmark that writes to it"""
     if quick: budgets,seeds,batch_sizes,rates = (1,2),2,(64,128),(1.,)
     for nm,o in dict(budgets=budgets, batch_sizes=batch_sizes).items():
-        check_setting(len(o)>0 and all(is_whole(v, 1) for v in o) and len(set(o))==len(o), nm, o, 'whole numbers of at least 1, none of them twice')
-    check_setting(len(rates)>0 and all(is_number(v) and 0<v<math.inf for v in rates), 'rates', rates, 'numbers above 0, such as 0.5, 1 and 2')
+        check_setting(hasattr(o, '__len__') and len(o)>0 and all(is_whole(v, 1) for v in o) and len(set(o))==len(o), nm, o, 'a list of whole numbers of at least 1, none of them twice')
+    check_setting(hasattr(rates, '__len__') and len(rates)>0 and all(is_number(v) and 0<v<math.inf for v in rates), 'rates', rates, 'a list of numbers above 0, such as 0.5, 1 and 2')
     check_setting(is_whole(seeds, 1), 'seeds', seeds, 'a whole number of at least 1')
-    (makers,missing),problem,out = _makers(methods),_problem(problem, n, quick),Path(out)
+    (makers,missing),problem = _makers(methods),_problem(problem, n, quick)
     learn = problem.make(problem.bs)
-    check_setting(len(learn.metrics)>0, 'metrics', list(learn.metrics), "an accuracy first: make the Learner with `metrics=accuracy`")
-    out.mkdir(parents=True, exist_ok=True)
-    fit = _Runner(problem, Runs(out/'runs.parquet'), learn, clock)
-    sizes = [o for o in batch_sizes if o<=fit.about['n']]
-    check_setting(len(sizes)>0, 'batch_sizes', batch_sizes, f"one of at most {fit.about['n']:,}, for that is how many training samples there are")
+    _check_learner(learn)
+    if makers and (why := no_ids(learn.dls.train)): missing['random'] = f"the ids in the batches of this {type(learn.dls.train).__name__} cannot be known: {why}"
+    n,budgets = len(learn.dls.train_ds),sorted(budgets)
+    settings = [(bs,r*problem.lr*(bs/problem.bs)**.5) for bs in batch_sizes if bs<=n for r in rates]
+    check_setting(len(settings)>0, 'batch_sizes', batch_sizes, f"one of at most {n:,}, for that is how many training samples there are")
+    with _alone(Path(out)) as out:
+        fit = _Runner(problem, Runs(out/'runs.parquet'), learn, clock)
+        runs,best,how = _run(fit, makers, 'random' not in missing, budgets, range(seeds), settings)
+        tbl = summarise(runs)
+        (out/'table.md').write_text(_report(fit, runs, tbl, best, how, missing, command), encoding='utf-8')
+        fig = plot_frontier(tbl, f"{problem.name}, {n:,} samples, {problem.model}: accuracy against cost, {seeds} seed{'s'*(seeds>1)}", f'seconds{_processor(fit)} of training')
+        fig.savefig(out/'frontier.png', dpi=120)
+        plt.close(fig)
+    return tbl
 
-    # Tuning
-    budgets = sorted(budgets)
+def _check_learner(learn):
+    "Raise a `ValueError` for what could not be measured"
+    first = learn.metrics[0].name if len(learn.metrics) else None
+    check_setting(first not in (None,*_less_is_better), 'metrics', first, "an accuracy first, the higher the better: make the Learner with `metrics=accuracy`")
+    for cb in learn.cbs: check_setting(not isinstance(cb, (TrackerCallback,ShowGraphCallback)), 'cbs', cb, "a Learner without it, since epochs are not validated")
+
+_less_is_better = 'error_rate','mse','_rmse','rmse','mae','msle','exp_rmspe','_exp_rmspe','perplexity','hamming_loss','hamming_loss_multi','brier_score_loss','zero_one_loss'
+
+@contextmanager
+def _alone(
+    out:Path # A folder, which need not be there yet
+):
+    "Within it, no other benchmark writes to `out`. Raises an `OSError` where another one does, or this one cannot"
+    out.mkdir(parents=True, exist_ok=True)
+    try: import fcntl # not on Windows
+    except ImportError: fcntl = None
+    trial = out/'runs.tmp'
+    trial.touch() # not only after the first fit
+    trial.unlink()
+    folder = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            try: fcntl.flock(folder, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            except BlockingIOError: raise BlockingIOError(f"Another benchmark writes to {out}: expected a folder of its own for each. Wait for it, or take another `out`.") from None
+        yield out
+    finally:
+        if fcntl: os.close(folder)
+
+def _run(fit, makers, chance, budgets, seeds, settings):
+    "All runs that are needed: those to compare, the best of `settings`, and how it was found. `chance`: is there to be a random share?"
     middle = budgets[len(budgets)//2]
-    settings = [(bs,r*problem.lr*(bs/problem.bs)**.5) for bs in sizes for r in rates]
     plain = tune(lambda bs,lr,epochs: fit('tune', 'plain', None, bs, lr, epochs, 0), settings, middle)
     best,first = plain[0],next(iter(makers), None)
+    how = f", plain training's best in equal time out of {len(settings)} settings on seed 0 at {middle} epochs{_edges(best, settings)}" if len(settings)>1 else ''
     if first:
         share = _share(fit('tune', first, makers[first], *best, middle, 0), fit('tune', 'plain', None, *best, middle, 0))
         small = max(2, round(share*best[0]))
         if small<best[0]: plain.append((small,best[1]*(small/best[0])**.5))
-
-    # All seeds
-    names = ['plain']+[first,'random']*bool(first)
+    names = ['plain']+[first]*bool(first)+['random']*bool(first and chance)
     turns = [(o,best) for o in names]+[('plain',o) for o in dict.fromkeys(plain[1:])]+[(o,best) for o in makers if o!=first]
     rows = {}
-    for seed,epochs,(name,setting) in progress_bar([(s,e,t) for s in range(seeds) for e in budgets for t in turns], leave=False):
+    for seed,epochs,(name,setting) in progress_bar([(s,e,t) for s in seeds for e in budgets for t in turns], leave=False):
         make = makers.get(name)
         if name=='random': make = partial(RandomSubset, _share(rows[seed,epochs,first,best], rows[seed,epochs,'plain',best]))
         rows[seed,epochs,name,setting] = fit('compare', name, make, *setting, epochs, seed)
+    return pd.DataFrame(list(rows.values())),best,how
 
-    runs = pd.DataFrame(list(rows.values()))
-    how = f", plain training's best in equal time out of {len(settings)} settings on seed 0 at {middle} epochs" if len(settings)>1 else ''
-    tbl = summarise(runs)
-    (out/'table.md').write_text(_report(fit, runs, tbl, best, how, missing, command), encoding='utf-8')
-    fig = plot_frontier(tbl, f"{problem.name}, {fit.about['n']:,} samples, {problem.model}: accuracy against cost, {seeds} seed{'s'*(seeds>1)}")
-    fig.savefig(out/'frontier.png', dpi=120)
-    plt.close(fig)
-    return tbl
+def _edges(best, settings):
+    "What to say where the best setting is not inside of what was tried"
+    sizes,rates = {bs for bs,_ in settings},{lr for bs,lr in settings if bs==best[0]}
+    ends = [('the smallest batches',best[0],sizes,min), ('the largest batches',best[0],sizes,max),
+        ('the lowest rate for them',best[1],rates,min), ('the highest rate for them',best[1],rates,max)]
+    found = ' and '.join(what for what,v,o,end in ends if len(o)>1 and v==end(o))
+    return f' (with {found} of those tried: there may be better ones beyond)' if found else ''
 
 def _share(row, whole): return min(1., row['backpropagated']/whole['backpropagated'])
+
+def _processor(fit): return ' (processor time)' if fit.clock is time.process_time else ''
 
 def _report(fit, runs, tbl, best, how, missing, command):
     "The table, and what its figures depend on"
     o,first,seeds = fit.about,runs[runs.method!='plain'].drop_duplicates('method'),runs.seed.nunique()
-    processor = ' (processor time)' if fit.clock is time.process_time else ''
+    interval = '95 % interval by a bootstrap over seeds, expanded for their number' if seeds>3 else 'range of a bootstrap over seeds, which with so few is less than 95 %'
     lines = [f"# Speed-up at matched accuracy: {o['data']}, {o['model']}", '',
         f"{o['n']:,} training and {o['n_valid']:,} validation samples; each budget of epochs with the learning rate decayed to zero; "
-        f"means over {seeds} seed{'s'*(seeds>1)}, ± standard deviation, (95 % interval by a bootstrap over seeds). Speed-up: the cost at which "
+        f"means over {seeds} seed{'s'*(seeds>1)}, ± standard deviation, ({interval}). Speed-up: the cost at which "
         "plain training, by the cheapest of the settings shown, is as accurate, over the method's own; `>` and `<` are bounds where plain "
         "training was not run long or short enough. Cost: (forwarded + 2 backpropagated)/3. "
-        f"Seconds{processor} are of training, without validation.", '',
+        f"Seconds{_processor(fit)} are of training, without validation.", '',
         f"Machine: {o['machine']}; fastai_is {o['version']}", '', markdown(tbl, o['n']), '',
         f"All methods have batches of {best[0]} at a peak rate of {best[1]:.2g}{how}. The other settings of plain training are its second "
         "best, where it was tuned, and batches that are smaller by the share that the first method leaves out.", '']
