@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 import fastai.layers
+from fastai.callback.rnn import RNNCallback
 from fastai.learner import Learner
-from fastai.torch_core import find_bs, get_random_states, set_random_states, to_device
+from fastai.torch_core import find_bs, get_model, get_random_states, set_random_states, to_device
 from .losses import none_reduced, raw_loss, user_loss
 from .scores import no_trace, score_funcs, split_batch
 
@@ -378,7 +379,7 @@ def grad_norms(
     without a per-sample form. Warns where a model cannot be taken layer by layer, which is slower.
     Sources: Goodfellow, 2015; Rochette et al., 2019; Bu et al., 2022, 'Scalable and Efficient Training of Large Convolutional Neural
     Networks with Differential Privacy' (ghost norms)."""
-    if isinstance(model, nn.DataParallel): model = model.module # its copies on other devices would all speak to one set of hooks
+    model = get_model(model) # of DataParallel, whose copies on other devices would all speak to one set of hooks
     _check_batchnorm(model)
     xb,yb = (tree_map(lambda t: t.as_subclass(Tensor) if isinstance(t, Tensor) else t, b if isinstance(b, tuple) else (b,)) for b in (xb,yb))
     args = model,loss_func,xb,yb,find_bs(yb)
@@ -402,6 +403,7 @@ def grad_norm_score(
     "The exact gradient norm of each sample with the model in evaluation mode; `grad_norms` says what it raises"
     with no_trace(model): return grad_norms(model, user_loss(loss_func), xb, yb)
 
+grad_norm_score.plain_output = True # it cannot do with the tuples that `RNNCallback` takes apart
 score_funcs['grad_norm'] = grad_norm_score
 _norms = grad_norms
 
@@ -412,6 +414,7 @@ def grad_norms(self:Learner,
 )->Tensor: # Norms `[n]`, in the order of `dl`, on the CPU
     """The exact gradient norm of each sample, with the model in evaluation mode; `fastai_is.gradnorm.grad_norms` says what it raises.
     Leaves the model and all random states as they were. Random augmentation is applied if `dl` does so."""
+    if any(isinstance(cb, RNNCallback) for cb in self.cbs): raise ValueError(f"The output of this {type(self.model).__name__} is more than predictions, as `RNNCallback` tells: expected a model without.")
     states,loss_func,res = get_random_states(),user_loss(self.loss_func),[]
     device = next((p.device for p in self.model.parameters()), None)
     try:

@@ -67,17 +67,18 @@ def _mse_grad(z, y, **_): return 2*(z-y)
 # %% ../nbs/01_scores.ipynb #dc8fb318
 _closed = {nn.CrossEntropyLoss:_ce_grad, F.cross_entropy:_ce_grad, LabelSmoothingCrossEntropy:_smooth_ce_grad,
     nn.BCEWithLogitsLoss:_bce_grad, F.binary_cross_entropy_with_logits:_bce_grad, nn.MSELoss:_mse_grad, F.mse_loss:_mse_grad}
+_of_logits = {nn.NLLLoss:_ce_grad, F.nll_loss:_ce_grad} # of what a log-softmax was taken of, for the softmax of log-probabilities is that of the logits
 _ce_like = (_ce_grad, _smooth_ce_grad)
 _settings = 'weight ignore_index label_smoothing eps pos_weight'.split()
 
-def _closed_grad(loss_func, pred, y):
+def _closed_grad(loss_func, pred, y, rules=_closed):
     "The gradient of each sample's unnormalised loss at `pred`, in closed form, or None where there is no such form"
     axis,flat,f,kw = 1,False,loss_func,{}
     if isinstance(f, BaseLoss):
         if type(f).__call__ is not BaseLoss.__call__: return None # it does something of its own
         axis,flat,f = f.axis,f.flatten,f.func
     if isinstance(f, partial) and not f.args: f,kw = f.func,f.keywords
-    try: rule = _closed.get(f if inspect.isfunction(f) or inspect.isbuiltin(f) else type(f))
+    try: rule = rules.get(f if inspect.isfunction(f) or inspect.isbuiltin(f) else type(f))
     except TypeError: return None
     if rule is None: return None
     kw = {k:v for k in _settings if (v := kw.get(k, getattr(f, k, None))) is not None}
@@ -106,7 +107,7 @@ def _autograd_grad(loss_func, pred, *yb):
 
 # %% ../nbs/01_scores.ipynb #88bed5f3
 def upper_bound(
-    pred:Tensor, # Predictions before the activation `[bs, ...]`, or a tuple of such
+    pred:Tensor, # Predictions before the activation `[bs, ...]`, or a tuple of such; for `nn.NLLLoss` log-probabilities
     *yb, # Targets, each `[bs, ...]`
     loss_func:Callable, # The user's loss
     preact:Tensor|None=None # Output `[bs, ...]` of the layer to use where `pred` is not the pre-activation; part of `pred`'s graph
@@ -115,9 +116,9 @@ def upper_bound(
     an upper bound of the norm of its whole gradient. Source: Katharopoulos & Fleuret, 2018, 'Not All Samples Are Created Equal'."""
     loss_func = user_loss(loss_func)
     if preact is not None: gs = torch.autograd.grad(raw_loss(loss_func, pred, *yb).sum(), preact, retain_graph=True)
-    elif len(yb)==1 and isinstance(pred, Tensor) and (g := _closed_grad(loss_func, pred, yb[0])) is not None: gs = [g]
+    elif len(yb)==1 and isinstance(pred, Tensor) and (g := _closed_grad(loss_func, pred, yb[0], _closed|_of_logits)) is not None: gs = [g]
     else: gs = _autograd_grad(loss_func, pred, *yb)
-    norms = torch.stack([torch.linalg.vector_norm(_full(g).flatten(1), dim=1) for g in gs])
+    norms = torch.stack([torch.linalg.vector_norm(_full(g).reshape(len(g), -1), dim=1) for g in gs])
     return norms[0] if len(gs)==1 else torch.linalg.vector_norm(norms, dim=0)
 
 # %% ../nbs/01_scores.ipynb #572f8dc3
@@ -128,7 +129,11 @@ def get_score(
     score:str|Callable # A name in `score_funcs`, or a function `score(pred, *yb, loss_func, ...)`
 )->Callable: # The function
     "The score called `score`; it is given those of `context_names` that it declares. Raises a `ValueError` for an unknown name, a `TypeError` for what is neither a name nor a function"
-    if callable(score): return score
+    if callable(score):
+        try: ps = inspect.signature(score).parameters
+        except (TypeError, ValueError): return score # it does not say
+        if 'loss_func' in ps or any(p.kind is p.VAR_KEYWORD for p in ps.values()): return score
+        raise TypeError(f"score={score!r} takes no `loss_func`: expected a function `score(pred, *yb, loss_func)`.")
     if not isinstance(score, str): raise TypeError(f"score={score!r}: expected a name or a function `score(pred, *yb, loss_func)`.")
     if score not in score_funcs: raise ValueError(f"score={score!r} is unknown: use one of {', '.join(score_funcs)}, or pass a function.")
     return score_funcs[score]

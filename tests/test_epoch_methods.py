@@ -333,14 +333,14 @@ def test_loss_resampler_by_its_definition():
         assert set(e) <= set(left) and len(e) == len(left)+(len(left)%64 == 1)
         total, c = sum(i+1 for i in left), Counter(e)
         assert all(abs(c[i]-len(e)*(i+1)/total) < 1+1e-6 for i in left)
-    assert cb.out.nonzero()[:, 0].tolist() == list(range(first)) and first == 60+54+49
+    assert cb.left_out.nonzero()[:, 0].tolist() == list(range(first)) and first == 60+54+49
 
 def test_loss_resampler_readmits():
     "Half of the dropped come back: as many as the recursion says, at random, and they are drawn again"
     cb, outs = LossResampler(drop=.2, readmit=.5, score=lambda pred, y, loss_func, xb: xb[0][:, 0]*1e6+1000), []
     class Outs(Callback):
         order, run_valid = 10, False
-        def after_epoch(self): outs.append(set(cb.out.nonzero()[:, 0].tolist()))
+        def after_epoch(self): outs.append(set(cb.left_out.nonzero()[:, 0].tolist()))
     w = Watch()
     quiet_fit(make_learner(model=nn.Linear(20, 5)), 10, [w, cb, Outs()])
     n, back = 0, []
@@ -362,7 +362,7 @@ def test_loss_resampler_remembers_real_losses_by_id():
     losses = F.cross_entropy(learn.model(x), y, reduction='none').detach()
     torch.testing.assert_close(cb.store.values, losses)
     gone = round(.3*600)+round(.3*420)
-    assert set(cb.out.nonzero()[:, 0].tolist()) == set(losses.argsort()[:gone].tolist())
+    assert set(cb.left_out.nonzero()[:, 0].tolist()) == set(losses.argsort()[:gone].tolist())
 
 @pytest.mark.parametrize('bias', (0., 1.))
 def test_loss_resampler_weights(bias):
@@ -393,21 +393,21 @@ def test_loss_resampler_state():
     new = make()
     f.seek(0)
     new.load_state_dict(torch.load(f, weights_only=True))
-    assert new.epochs == 5 and torch.equal(new.out, cb.out) and torch.equal(new.store.values, cb.store.values) and cb.out.sum() > 100
+    assert new.epochs == 5 and torch.equal(new.left_out, cb.left_out) and torch.equal(new.store.values, cb.store.values) and cb.left_out.sum() > 100
     state = cb.state_dict()
-    kept = state['out'].clone()
-    (l1, w1), (l2, w2) = (run(o, 3, model=deepcopy(model)) for o in (cb, new))
-    assert w1.ids == w2.ids and torch.equal(cb.out, new.out) and same(weights(l1), weights(l2))
-    assert torch.equal(state['out'], kept), 'a state that was taken does not change'
+    kept = state['left_out'].clone()
+    (l1, w1), (l2, w2) = (run(o, 3, model=m) for o,m in ((cb, model), (new, deepcopy(model))))
+    assert w1.ids == w2.ids and torch.equal(cb.left_out, new.left_out) and same(weights(l1), weights(l2))
+    assert torch.equal(state['left_out'], kept), 'a state that was taken does not change'
     assert len(set(epochs_of(w1)[0])) < 600, 'steady from the first epoch'
     with pytest.raises(ValueError, match='The state of RandomSubset'): new.load_state_dict(RandomSubset().state_dict())
 
 def test_loss_resampler_forgets_with_its_data_set():
     cb = LossResampler(drop=.3)
     run(cb, 4)
-    assert cb.out.any() and cb.epochs == 4
+    assert cb.left_out.any() and cb.epochs == 4
     _, w = run(cb, 1, n=500)
-    assert len(cb.out) == 500 and not cb.out.any() and cb.epochs == 1 and sorted(epochs_of(w)[0]) == list(range(500))
+    assert len(cb.left_out) == 500 and not cb.left_out.any() and cb.epochs == 1 and sorted(epochs_of(w)[0]) == list(range(500))
     cb.store.clear()
     _, w = run(cb, 1, n=500)
     assert cb.epochs == 1 and sorted(epochs_of(w)[0]) == list(range(500))
@@ -416,7 +416,7 @@ def test_loss_resampler_does_not_run_dry():
     "However fast samples are dropped, two are left"
     cb = LossResampler(drop=.9, readmit=0)
     _, w = run(cb, 8, n=50, bs=8)
-    assert [len(e) for e in epochs_of(w)][-3:] == [2]*3 and (~cb.out).sum() == 2
+    assert [len(e) for e in epochs_of(w)][-3:] == [2]*3 and (~cb.left_out).sum() == 2
 
 # Real digits
 @pytest.mark.parametrize('method', METHODS)

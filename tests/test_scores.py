@@ -10,11 +10,12 @@ from fastai_is.scores import *
 from test_losses import CASES, rand, ints, two_targets, w3
 
 def slow_bound(lf, pred, *yb):
-    "One sample at a time, by autograd on its own prediction"
+    "One sample at a time, by autograd on its own prediction; for log-probabilities, on what they are the log-softmax of"
     many, res = isinstance(pred, tuple), []
+    behind = (lambda z: z.log_softmax(1)) if isinstance(lf, nn.NLLLoss) else lambda z: z
     for i in range(len(yb[0])):
         leaves = [o[i:i+1].clone().requires_grad_() for o in (pred if many else (pred,))]
-        loss = raw_loss(lf, tuple(leaves) if many else leaves[0], *(y[i:i+1] for y in yb)).sum()
+        loss = raw_loss(lf, tuple(leaves) if many else behind(leaves[0]), *(y[i:i+1] for y in yb)).sum()
         res.append(torch.cat([o.flatten() for o in torch.autograd.grad(loss, leaves)]).norm())
     return torch.stack(res)
 
@@ -48,13 +49,29 @@ def test_it_bounds_the_gradient_up_to_a_constant():
 def test_named_layer():
     torch.manual_seed(0)
     logits = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
-    model, x, y = nn.Sequential(*logits, nn.LogSoftmax(1)), rand(6, 5), ints(3, 6)
-    want = upper_bound(logits(x), y, loss_func=F.cross_entropy)
-    res = score_batch(model, upper_bound, nn.NLLLoss(), (x,), (y,), layer=model[2])
+    model, x, y = nn.Sequential(*logits, nn.Sigmoid()), rand(6, 5), ints(2, 18).view(6, 3).float()
+    want = upper_bound(logits(x), y, loss_func=nn.BCEWithLogitsLoss())
+    res = score_batch(model, upper_bound, nn.BCELoss(), (x,), (y,), layer=model[2])
     torch.testing.assert_close(res.scores, want)
     assert torch.is_grad_enabled() and not model[2]._forward_hooks
-    wrong = score_batch(model, upper_bound, nn.NLLLoss(), (x,), (y,)).scores
-    assert (wrong-want).abs().max() > .01, 'without `layer` the log-probabilities would be taken for the pre-activations'
+    wrong = score_batch(model, upper_bound, nn.BCELoss(), (x,), (y,)).scores
+    assert (wrong-want).abs().max() > .01, 'without `layer` the probabilities would be taken for the pre-activations'
+
+@pytest.mark.parametrize('lf,want', ((nn.NLLLoss(weight=w3, ignore_index=1), nn.CrossEntropyLoss(weight=w3, ignore_index=1)), (F.nll_loss, F.cross_entropy)))
+def test_log_probabilities_need_no_layer(lf, want):
+    z, y = rand(8, 3), ints(3, 8)
+    torch.testing.assert_close(upper_bound(z.log_softmax(1), y, loss_func=lf), upper_bound(z, y, loss_func=want))
+    z, y = rand(4, 3, 5, 6), ints(3, 120).view(4, 5, 6)
+    torch.testing.assert_close(upper_bound(z.log_softmax(1), y, loss_func=lf), upper_bound(z, y, loss_func=want))
+
+@pytest.mark.parametrize('lf', (nn.MSELoss(), nn.BCEWithLogitsLoss(), nn.L1Loss()))
+def test_one_number_for_each_sample(lf):
+    pred, y = rand(6), ints(2, 6).float()
+    torch.testing.assert_close(upper_bound(pred, y, loss_func=lf), slow_bound(lf, pred, y))
+
+def test_a_score_without_loss_func_is_refused():
+    with pytest.raises(TypeError, match='takes no `loss_func`'): get_score(lambda pred, y: pred.sum(1))
+    for f in (lambda pred, y, loss_func: 0, lambda pred, y, **kw: 0): assert get_score(f) is f
 
 def test_context_is_given_to_those_who_declare_it():
     seen = {}

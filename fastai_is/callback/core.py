@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ScoreStore', 'Plan', 'Ids', 'PlannedLoader', 'loader_has', 'no_ids', 'find_seat', 'aside', 'take', 'join',
-           'is_number', 'is_whole', 'check_setting', 'SelectionCB']
+           'count_rows', 'is_number', 'is_whole', 'check_setting', 'SelectionCB']
 
 # %% ../../nbs/10_callback.core.ipynb #4b0b2bcf
 import pickle, struct
@@ -15,6 +15,7 @@ from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import NamedTuple
 from warnings import warn
+from weakref import ref
 
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -24,7 +25,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.rnn import RNNCallback
 from fastai.data.load import DataLoader
 from fastai.learner import ValueMetric
-from fastai.torch_core import find_bs, no_random, retain_meta
+from fastai.torch_core import find_bs, get_model, no_random, retain_meta
 from ..losses import check_loss, loss_scale, raw_loss, user_loss
 from ..scores import Scored, apply_score, fast_bf16, from_logits, get_score, make_tap, plain_tensors, score_batch, score_context, tap_context
 from ..selection import Selection, flatten_weights, usable
@@ -190,6 +191,13 @@ def join(
     return tuple(cat(os) for os in zip(*bs))
 
 # %% ../../nbs/10_callback.core.ipynb #01e9c7da
+def count_rows(
+    cb:Callback # In a batch
+)->int:
+    "The size of the batch. Raises a `ValueError` for one without targets"
+    if not len(cb.yb): raise ValueError(f"The batch has no targets when {cb.name} sees it: expected some. Where another callback sets them, give it an `order` below {cb.order}.")
+    return find_bs(cb.yb)
+
 def is_number(v)->bool: return isinstance(v, Real) and not isinstance(v, bool)
 def is_whole(v, least:int=0)->bool: return isinstance(v, Integral) and not isinstance(v, bool) and v>=least
 
@@ -223,6 +231,7 @@ class SelectionCB(Callback):
     watches = True        # does the method need the scores of batches that it does not choose from?
     off = False           # does it keep everything anyway? Then nothing is done but counting
     follows_ids = False   # does it need `plan`, and the ids of each batch, outside the epoch seat too?
+    in_batch = True       # can the method choose within the batch, where ids turn out not to be followed?
     queues = False        # do chosen samples wait until they fill a batch?
     foreign = False       # do scoring passes run another model than the one that is trained, or on other inputs?
     columns = 'kept',     # what fit's table gains
@@ -241,7 +250,7 @@ class SelectionCB(Callback):
         if not (on_select is None or callable(on_select)): raise TypeError(f"on_select={on_select!r}: expected a function `on_select(learn, idxs, weights, scores)`.")
         check_setting(bf16 in (None,True,False), 'bf16', bf16, 'True, False, or None for what is faster')
         self.score,self.seat,self.layer,self.on_select,self.bf16 = get_score(score),seat,layer,on_select,bf16
-        self.store,self.recent,self.n_ids,self.old_loss,self.fit_state,self.fits = ScoreStore(),None,None,None,None,0
+        self.store,self.recent,self.n_ids,self.old_loss,self.old_model,self.fit_state,self.fits = ScoreStore(),None,None,None,None,None,0
         self.normaliser = 0.,0 # sum of the inverse normalisers of whole batches, and their number
         self.counts = dict(forwarded=0, backpropagated=0)
 
@@ -272,23 +281,35 @@ class SelectionCB(Callback):
         cbs = [cb for cb in self.learn.cbs if isinstance(cb, SelectionCB)]
         if len(cbs)>1: raise ValueError(f"{cbs[0]} and {cbs[1]} would both select samples: expected one of them, once. Remove the other from the fit or the Learner.")
         check_loss(self.loss_func)
+        self._check_layer()
+        if getattr(self.score, 'plain_output', False) and any(isinstance(cb, RNNCallback) for cb in self.learn.cbs):
+            raise ValueError(f"The score {self.score.__name__!r} runs the model by itself, whose output is more than predictions: expected one that does not, such as 'upper_bound' or 'last_layer'.")
         n,loss = getattr(self.dls.train, 'n', None),user_loss(self.loss_func)
-        if self.n_ids not in (None,n) or not (self.old_loss is None or _same_loss(self.old_loss, loss)): # another data set, with other ids, or another scale
+        if self.n_ids not in (None,n) or not (self.old_loss is None or _same_loss(self.old_loss, loss)) or not (self.old_model is None or self.old_model() is get_model(self.model)): # other ids, another scale, or a model that knows nothing yet
             self.forget()
         self.fits += 1
-        self.n_ids,self.old_loss,names = n,loss,score_context(self.score)
+        self.n_ids,self.old_loss,self.old_model,names = n,loss,ref(get_model(self.model)),score_context(self.score)
         self.fit_state = SimpleNamespace(seat=self.seat, names=names, tap=make_tap(self.model, names, self.layer), follow=True, generators={},
             metrics=[ValueMetric(getattr(self, o), o) for o in self.columns],
             loader=None, ids=None, weights=None, uniform=False, bs=0, n=0, full_bs=0, window=None, refine=False, can_refine=True, # the epoch's plan
             trained=0, offered=0, steps=0, fresh=[], unread=[], queue=None, passed=[],       # what the epoch came to so far
             rows=None, w=None, scale=None, loss=None, scored=None, idxs=None, scores=None, stands_for=0, # the batch
-            bf16=self._wants_bf16(), compared=None, broken=False, warned=False, cancelled=False)
+            bf16=self._wants_bf16(), compared=None, tried=False, broken=False, warned=False, cancelled=False)
         self.counts.update(forwarded=0, backpropagated=0)
         self.start_fit()
         self.learn.metrics = self.learn.metrics + self.fit_state.metrics
 
+    @property
+    def scored_model(self): return self.model
+    def _check_layer(self):
+        m = self.scored_model
+        if self.layer is None or m is not None and any(o is self.layer for o in m.modules()): return
+        raise ValueError(f"layer={self.layer!r} is no part of the {'network' if m is None else type(m).__name__} that is scored: expected one of its own modules, such as `learn.model[-1]`, and not of a copy.")
+
+    def __getstate__(self): return dict(vars(self), old_model=None) # a weak reference cannot be pickled
+
     def forget(self):
-        "Begin anew: what is remembered belongs to other data, or to another loss"
+        "Begin anew: what is remembered belongs to other data, to another loss or to another model"
         self.store.clear()
         self.recent,self.normaliser = None,(0.,0)
 
@@ -356,6 +377,7 @@ class SelectionCB(Callback):
 
     def _plan(self, order, bs, drop_last):
         s = self.fit_state
+        if self.learn.dl is None: return order,bs # somebody looks at a batch after a fit that was interrupted
         if drop_last: order = order[:len(order)//bs*bs]
         ids = _as_tensor(order)
         plan = self.plan(ids, bs) if len(ids) and not self.off and (s.seat=='epoch' or self.follows_ids) else None
@@ -383,14 +405,15 @@ class SelectionCB(Callback):
         if s.seat=='epoch':
             s.seat = 'batch'
             self.start_epoch()
+        then = f'Using seat={s.seat!r}' if self.in_batch else 'Training on everything'
         warn(f"The batches of this {type(self.dl).__name__} are not those that were planned (an item may have been skipped, or it draws its ids "
-             f"in a way of its own), so ids cannot be followed. Using seat={s.seat!r} from here on.")
+             f"in a way of its own), so ids cannot be followed. {then} from here on.")
 
     # In the batch
     def before_batch(self):
         s = self.fit_state
         if s is None: return
-        s.w,s.scale,s.scored,s.idxs,s.scores,s.rows,bs = None,None,None,None,None,None,find_bs(self.yb)
+        s.w,s.scale,s.scored,s.idxs,s.scores,s.rows,bs = None,None,None,None,None,None,count_rows(self)
         s.steps += 1
         if s.loader: # the iteration has begun: the `DataLoader` has read what it needs
             s.loader.undo()
@@ -550,6 +573,9 @@ class SelectionCB(Callback):
         s = self.fit_state
         if s is None or self.off: return
         sel = None
+        if not s.tried: # losses that have no form for each sample are told at once, and not when a gate opens
+            s.tried = True
+            with plain_tensors(), torch.no_grad(): raw_loss(self.loss_func, self.pred, *self.yb)
         if s.scored is None and (s.seat=='epoch' or self.watches or s.seat=='loss'):
             with plain_tensors(), nullcontext() if s.tap else torch.no_grad():
                 s.scores = apply_score(self.score, self.pred, self.yb, self.loss_func, **tap_context(s.names, s.tap, self.xb, self.model))

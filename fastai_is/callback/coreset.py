@@ -33,6 +33,7 @@ class CoresetSelection(SelectionCB):
     def off(self): return self.keep==1
 
     def _distance(self, pred, *yb, loss_func, hidden):
+        if hidden is None: raise ValueError(f"{self.layer or 'The last layer'} was not run as a layer of its own, as in a compiled model: expected one whose inputs can be seen. Name it with `layer=`.")
         x = self._features = hidden.as_subclass(Tensor).flatten(1).float()
         return (x-x.mean(0)).square().sum(1).sqrt()
 

@@ -16,7 +16,7 @@ from fastcore.meta import delegates
 # %% ../../nbs/14_callback.epoch.ipynb #fdf8b57f
 class EpochCB(SelectionCB):
     "Base of the methods that exist only over the epoch. A fit with a loader without ids raises a `ValueError` before it begins"
-    watches = False
+    watches,in_batch = False,False
     def __init__(self, score='loss', **kwargs): super().__init__(score=score, seat='epoch', seats=('epoch',), **kwargs)
     def start_fit(self): self._need_ids(self.dls.train)
     def start_epoch(self): self._need_ids(self.dl) # `DistributedTrainer` replaces the loader late
@@ -24,7 +24,7 @@ class EpochCB(SelectionCB):
 
     def _need_ids(self, dl):
         if (why := no_ids(dl)): raise ValueError(f"{type(self).__name__} plans which samples an epoch consists of, and that is not possible with this {type(dl).__name__}: "
-            f"{why}. Train without it, or choose within the batch, for example by `ImportanceCB(seat='batch')`.")
+            f"{why}. Train without it, or choose within the batch, for example by `ImportanceCB(seat={'loss' if loader_has(dl, 'seq_len') else 'batch'!r})`.")
 
     def count(self,
         k:int, # Number of samples wanted
@@ -96,7 +96,7 @@ class LossResampler(EpochCB):
     """Train plainly for `transient` epochs, then draw samples in proportion to their loss, with replacement, and after each epoch drop those with the lowest.
     Biased towards samples with a high loss; with `bias=1` unbiased for the samples that are in, whose mean loss `train_loss` estimates.
     Raises a `ValueError` for settings out of range or a loader without ids. Source: Kevin Zakka, 2018, 'Learning What to Learn and When to Learn It'"""
-    remembers = EpochCB.remembers+('epochs','out')
+    remembers = EpochCB.remembers+('epochs','left_out')
     @delegates(SelectionCB.__init__, but=['score','seat','seats','bf16'])
     def __init__(self,
         transient:int=1, # Number of plain epochs, at least 1
@@ -112,25 +112,25 @@ class LossResampler(EpochCB):
         check_setting(is_number(bias) and 0<=bias<=1, 'bias', bias, 'a number from 0 (unweighted) to 1 (unbiased)')
         super().__init__(score=score, bf16=False, **kwargs)
         self.transient,self.drop,self.readmit,self.bias = transient,drop,readmit,bias
-        self.epochs,self.out = 0,torch.zeros(0, dtype=torch.bool) # epochs begun, and for each id whether it is out
+        self.epochs,self.left_out = 0,torch.zeros(0, dtype=torch.bool) # epochs begun, and for each id whether it is out
 
     def start_fit(self):
         super().start_fit()
-        if not len(self.store) or len(self.out)!=self.n_ids: self.epochs,self.out = 0,torch.zeros(self.n_ids, dtype=torch.bool)
+        if not len(self.store) or len(self.left_out)!=self.n_ids: self.epochs,self.left_out = 0,torch.zeros(self.n_ids, dtype=torch.bool)
 
     def plan(self, ids, bs):
         self.epochs += 1
         if self.epochs<=self.transient or not len(self.store): return
         if self.epochs>self.transient+1: self._drop()
-        left = ids[~self.out.index_select(0, ids)]
+        left = ids[~self.left_out.index_select(0, ids)]
         if len(left)<2: return
         sel = redraw(self.store.get(left), self.count(len(left), bs), self.generator())
         return Plan(left.index_select(0, sel.idxs), sel.weights, bs)
 
     def _drop(self):
         "Drop those with the lowest losses, and let some of those back in that were out before"
-        within,gone,out = (~self.out).nonzero()[:,0],self.out.nonzero()[:,0],self.out.clone()
+        within,gone,out = (~self.left_out).nonzero()[:,0],self.left_out.nonzero()[:,0],self.left_out.clone()
         k = max(0, min(round(self.drop*len(within)), len(within)-2))
         out[within[self.store.get(within).topk(k, largest=False).indices]] = True
         out[gone[torch.randperm(len(gone), generator=self.generator())[:round(self.readmit*len(gone))]]] = False
-        self.out = out
+        self.left_out = out

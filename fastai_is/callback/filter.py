@@ -41,7 +41,7 @@ class BatchLossFilter(SelectionCB):
         if not (schedule_func is None or callable(schedule_func)):
             raise TypeError(f"schedule_func={schedule_func!r}: expected a function from the share of training done to a factor, such as `SchedLin(0,1)`.")
         for i in range(101 if schedule_func else 0):
-            if not 0<=(f := float(schedule_func(i/100)))<=1:
+            if not (hasattr(f := schedule_func(i/100), '__float__') and 0<=float(f)<=1):
                 raise ValueError(f"schedule_func({i/100}) returned {f!r}: expected a factor from 0 (everything is kept) to 1.")
         if not (gate is None or isinstance(gate, str) and gate=='auto'): raise ValueError(f"gate={gate!r}: expected 'auto' or None.")
         super().__init__(score=score, seat=seat, seats=('batch','loss'), **kwargs)

@@ -188,7 +188,7 @@ class ImportanceCB(SelectionCB):
         s = self.fit_state
         if s is None: return
         self._look()
-        if s.seat=='epoch': return tau(self.store.seen()).item() if len(self.store) else None
+        if s.seat=='epoch': return tau(seen).item() if len(seen := self.store.seen()) else None # none of a fit that broke down
         return s.tau[0]/(1-.9**s.tau[1]) if s.tau[1] else None
 
     # The clock, where it is asked for: plain steps at the beginning of a fit

@@ -70,11 +70,18 @@ class ProxyScore(SelectionCB):
         check_setting(is_whole(warmup), 'warmup', warmup, 'a whole number of epochs from 0')
         super().__init__(score=score, seat='batch', seats=('batch',), bf16=False, **kwargs)
         self.proxy,self.pool,self.bias,self.smooth,self.lr,self.warmup = proxy,pool,bias,smooth,lr,warmup
-        self.proxy_opt,self.saved,self.epochs,self.proxy_cost = None,None,0,0.
+        self.proxy_opt,self.saved,self.epochs,self.proxy_cost,self.made = None,None,0,0.,False
         self.proxy_counts = dict(forwarded=0, backpropagated=0)
 
     @property
     def off(self): return self.pool==1
+    @property
+    def scored_model(self): return self.proxy
+
+    def forget(self):
+        super().forget()
+        self.epochs,self.saved = 0,None
+        if self.made: self.proxy,self.proxy_opt,self.made = None,None,False # one of the user's own is kept as it is
 
     # The proxy
     @contextmanager
@@ -91,6 +98,7 @@ class ProxyScore(SelectionCB):
         cost,pred = forward_cost(self.model, xb)
         if self.proxy is None and not (isinstance(pred, Tensor) and pred.ndim==2): raise ValueError("The model's output is not of shape [bs, outputs]: expected a `proxy` for it.")
         if self.proxy is None and not (len(xb)==1 and isinstance(xb[0], Tensor) and xb[0].is_floating_point()): raise ValueError("The model's input is not a single one of floats: expected a `proxy` for it.")
+        self.made = self.made or self.proxy is None
         with self._apart(): self.proxy = tiny_net(xb[0].shape, pred.shape[1]) if self.proxy is None else self.proxy # drawn for in any case, so that a fit that is resumed goes on alike
         self.proxy.to(next(self.model.parameters()).device).train()
         if self.proxy_opt is None: self.proxy_opt = torch.optim.AdamW([p for p in self.proxy.parameters() if p.requires_grad], lr=self.lr)

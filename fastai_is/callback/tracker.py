@@ -129,7 +129,7 @@ class SampleTracker(Callback):
             s.loader = None
         if f.ids is None: return
         f.rows = self._loaded()
-        if len(f.rows)!=find_bs(self.yb): f.ids = None
+        if len(f.rows)!=count_rows(self): f.ids = None
 
     def _note_scoring(self):
         s,res = self.fit_state,self.fit_state.src.scored
