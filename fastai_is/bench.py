@@ -470,16 +470,15 @@ def _alone(
 ):
     "Within it, no other benchmark writes to `out`. Raises an `OSError` where another one does, or this one cannot"
     out.mkdir(parents=True, exist_ok=True)
-    try: import fcntl # not on Windows
-    except ImportError: fcntl = None
-    trial = out/'runs.tmp'
-    trial.touch() # not only after the first fit
-    trial.unlink()
-    folder = os.open(out, os.O_RDONLY) if fcntl else None
+    try: import fcntl
+    except ImportError: fcntl = None # Windows
+    folder,trial = os.open(out, os.O_RDONLY) if fcntl else None,out/'runs.tmp'
     try:
-        if fcntl:
-            try: fcntl.flock(folder, fcntl.LOCK_EX|fcntl.LOCK_NB)
-            except BlockingIOError: raise BlockingIOError(f"Another benchmark writes to {out}: expected a folder of its own for each. Wait for it, or take another `out`.") from None
+        try:
+            if fcntl: fcntl.flock(folder, fcntl.LOCK_EX|fcntl.LOCK_NB) # it ends with the process, however that ends
+        except BlockingIOError: raise BlockingIOError(f"Another benchmark writes to {out}: expected a folder of its own for each. Wait for it, or take another `out`.") from None
+        trial.touch() # what cannot be written is told now, and not after the first fit
+        trial.unlink()
         yield out
     finally:
         if fcntl: os.close(folder)

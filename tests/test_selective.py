@@ -478,10 +478,10 @@ def test_the_state_goes_on_in_another_callback(tmp_path):
     torch.save(a.state_dict(), tmp_path/'state.pth')
     b = SelectiveBackprop(1, every=3)
     b.load_state_dict(torch.load(tmp_path/'state.pth'))
-    model, runs = deepcopy(learn.model), []
-    for cb in (a, b):
+    runs = []
+    for cb, model in ((a, learn.model), (b, deepcopy(learn.model))):
         w = Watch()
-        quiet_fit(make_learner(model=deepcopy(model)), 4, [w, cb])
+        quiet_fit(make_learner(model=model), 4, [w, cb])
         runs.append(w.ids)
     assert runs[0] == runs[1] and len(sum(runs[0][0], [])) < 450, 'selects at once: the scores are one epoch old, so the first two epochs are stale'
     with pytest.raises(ValueError, match='The state of ImportanceCB: expected what the `state_dict` of a SelectiveBackprop gave'): b.load_state_dict(ImportanceCB().state_dict())
