@@ -205,8 +205,8 @@ def test_state_dict_continues_bit_for_bit(given, tmp_path):
     learn, _ = proxy_fit(cb, 2)
     learn.save(tmp_path/'m')
     torch.save(cb.state_dict(), tmp_path/'cb.pth')
-    def go_on(cb):
-        l = make_learner()
+    def go_on(cb, l=None):
+        l = l or make_learner()
         l.load(tmp_path/'m')
         set_seed(7); l.dls = make_dls()
         quiet_fit(l, 2, cb)
@@ -214,7 +214,7 @@ def test_state_dict_continues_bit_for_bit(given, tmp_path):
     new = make()
     new.load_state_dict(torch.load(tmp_path/'cb.pth'))
     assert new.state_dict()['epochs'] == 2
-    a, b, fresh = go_on(cb), go_on(new), go_on(make())
+    a, b, fresh = go_on(cb, learn), go_on(new), go_on(make())
     assert same(a[0], b[0]) and same(a[1], b[1]) and not same(a[0], fresh[0])
     state = new.state_dict()
     with pytest.raises(ValueError, match='The state of ProxyScore'): ImportanceCB().load_state_dict(state)

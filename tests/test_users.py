@@ -63,6 +63,14 @@ def test_the_same_model_goes_on():
     quiet_fit(other, 1, [w, cb])
     assert sum(map(len, w.ids[0])) < 250
 
+def test_a_state_goes_to_another_model():
+    "Also into a callback that has been in use with one"
+    cb, w = ImportanceCB(keep=.3, gate=None), Watch()
+    quiet_fit(make_learner(), 2, cb)
+    cb.load_state_dict(cb.state_dict())
+    quiet_fit(make_learner(), 1, [w, cb])
+    assert sum(map(len, w.ids[0])) < 250
+
 def test_a_proxy_of_the_methods_own_fits_the_data_it_meets():
     cb = ProxyScore()
     quiet_fit(make_learner(), 2, cb)

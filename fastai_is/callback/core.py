@@ -342,7 +342,7 @@ class SelectionCB(Callback):
     def load_state_dict(self, state:dict):
         "Take over what `state_dict` gave. Raises a `ValueError` for the state of another method"
         if state.get('method')!=type(self).__name__: raise ValueError(f"The state of {state.get('method')}: expected what the `state_dict` of a {type(self).__name__} gave.")
-        self.store.values = state['scores'].clone()
+        self.store.values,self.old_model = state['scores'].clone(),None
         for k in self.remembers: setattr(self, k, state[k])
 
     # Over the epoch
