@@ -34,7 +34,7 @@ def forecast(before, after, weights, bins=32):
 class Idea(ImportanceCB):
     "`ImportanceCB` with what is being tried. In one stage, unless it is said to be two"
     def __init__(self, first=1., by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, lr_power=0., lr_times=1., refresh=False,
-            forecasts=False, fresh=False, even=False, prefilter=1, **kwargs):
+            forecasts=False, fresh=False, even=False, scored=False, prefilter=1, **kwargs):
         super().__init__(prefilter=prefilter, bf16=False, **kwargs) # scores in 32 bits, as when the first ideas were measured
         self.first = first           # share of each batch in the first epoch of several, by chance
         self.by_ratio = by_ratio     # bias=min(1, by_ratio/variance_ratio)
@@ -49,6 +49,7 @@ class Idea(ImportanceCB):
         self.forecasts = forecasts   # go by what scores like the remembered one turned out to be in the last epoch
         self.fresh = fresh           # in the first epoch of several, choose within each batch by a fresh score, where that pays
         self.even = even             # each sample as often as its probabilities add up to, epoch after epoch, instead of by chance in each
+        self.scored = scored         # load everything after the first epoch, and choose from it by a fresh score, where that pays
         self.last,self.tight,self.share,self.sums = None,self.limit,1.,None
 
     def number(self, windows, n):
@@ -61,6 +62,7 @@ class Idea(ImportanceCB):
         pct,known = self.epoch/self.n_epoch,len(self.store)>0
         if pct>=self.whole_from: return
         if self.fresh and not known and self.n_epoch>1: return Plan(ids, torch.ones(len(ids)), bs, bs, refine=True)
+        if self.scored and known: return self._score_all(ids, bs)
         if not known: res = super().plan(ids, bs)
         else:
             vals = torch.full((self.n_ids,), torch.nan)
@@ -96,6 +98,14 @@ class Idea(ImportanceCB):
             self.store.values = vals
         self.last = res if known else None
         return res
+
+    def _score_all(self, ids, bs):
+        share = keep_within(self.store.get(ids[:len(ids)//256*256].view(-1,256)), self.limit, self.smooth, self.floor)/256
+        if share+1/3>=1: return
+        step = min(self.least, bs)
+        m = round(step/share)
+        self.fit_state.share,ids = step/m,ids[:len(ids)//m*m]
+        return Plan(ids, torch.ones(len(ids)), m, m, refine=True)
 
     def before_batch(self):
         s = self.fit_state
@@ -160,6 +170,8 @@ IDEAS = {
     'two stages, a fresh choice in the first epoch': dict(prefilter=3, fresh=True),
     'two stages, a fresh choice in the first epoch, no weights': dict(prefilter=3, fresh=True, bias=0.),
     'two stages, evenly over the epochs': dict(prefilter=3, even=True),
+    'fresh scores of everything': dict(scored=True),
+    'fresh scores of everything, limit 1.3': dict(scored=True, limit=1.3),
 }
 SETTINGS = dict(mnist=(128,6.4e-2), fashion_mnist=(128,6.4e-2), cifar10=(32,2e-2))
 
