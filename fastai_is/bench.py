@@ -217,7 +217,7 @@ def speed_up_interval(
     accuracies, # What it reaches `[seeds]`
     draws:int=4000 # How often to draw seeds
 )->tuple: # Lower and upper end, from 0 to infinity; NaN with fewer than two seeds
-    """The 95 % interval of `speed_up`, by a bootstrap over seeds, with percentiles that are expanded for a small number of them: up to three seeds, the range of all
+    """The 95 % interval of `speed_up`, by a bootstrap over seeds, with percentiles that are expanded for a small number of them: up to four seeds, the range of all
     draws, which is narrower than 95 %. The same seeds are drawn for all, and the same draws each time. Source: Hesterberg, 2015, 'What Teachers Should Know About the Bootstrap'"""
     s,ends = len(costs),[]
     if s<2: return math.nan,math.nan
@@ -489,6 +489,7 @@ def _run(fit, makers, chance, budgets, seeds, settings):
     plain = tune(lambda bs,lr,epochs: fit('tune', 'plain', None, bs, lr, epochs, 0), settings, middle)
     best,first = plain[0],next(iter(makers), None)
     how = f", plain training's best in equal time out of {len(settings)} settings on seed 0 at {middle} epochs{_edges(best, settings)}" if len(settings)>1 else ''
+    for bs,lr in plain[1:]: how += f". Its second best has batches of {bs} at {lr:.2g}{_edges((bs,lr), settings)}"
     if first:
         share = _share(fit('tune', first, makers[first], *best, middle, 0), fit('tune', 'plain', None, *best, middle, 0))
         small = max(2, round(share*best[0]))
@@ -503,7 +504,7 @@ def _run(fit, makers, chance, budgets, seeds, settings):
     return pd.DataFrame(list(rows.values())),best,how
 
 def _edges(best, settings):
-    "What to say where the best setting is not inside of what was tried"
+    "What to say of one of `settings` that is not inside of what was tried"
     sizes,rates = {bs for bs,_ in settings},{lr for bs,lr in settings if bs==best[0]}
     ends = [('the smallest batches',best[0],sizes,min), ('the largest batches',best[0],sizes,max),
         ('the lowest rate for them',best[1],rates,min), ('the highest rate for them',best[1],rates,max)]
@@ -517,7 +518,7 @@ def _processor(fit): return ' (processor time)' if fit.clock is time.process_tim
 def _report(fit, runs, tbl, best, how, missing, command):
     "The table, and what its figures depend on"
     o,first,seeds = fit.about,runs[runs.method!='plain'].drop_duplicates('method'),runs.seed.nunique()
-    interval = '95 % interval by a bootstrap over seeds, expanded for their number' if seeds>3 else 'range of a bootstrap over seeds, which with so few is less than 95 %'
+    interval = '95 % interval by a bootstrap over seeds, expanded for their number' if seeds>4 else 'range of a bootstrap over seeds, which with so few is less than 95 %'
     lines = [f"# Speed-up at matched accuracy: {o['data']}, {o['model']}", '',
         f"{o['n']:,} training and {o['n_valid']:,} validation samples; each budget of epochs with the learning rate decayed to zero; "
         f"means over {seeds} seed{'s'*(seeds>1)}, ± standard deviation, ({interval}). Speed-up: the cost at which "
@@ -525,8 +526,8 @@ def _report(fit, runs, tbl, best, how, missing, command):
         "training was not run long or short enough. Cost: (forwarded + 2 backpropagated)/3. "
         f"Seconds{_processor(fit)} are of training, without validation.", '',
         f"Machine: {o['machine']}; fastai_is {o['version']}", '', markdown(tbl, o['n']), '',
-        f"All methods have batches of {best[0]} at a peak rate of {best[1]:.2g}{how}. The other settings of plain training are its second "
-        "best, where it was tuned, and batches that are smaller by the share that the first method leaves out.", '']
+        f"All methods have batches of {best[0]} at a peak rate of {best[1]:.2g}{how}. Plain training is shown with "
+        "what it was tuned to, and with batches that are smaller by the share that the first method leaves out.", '']
     lines += [f'- {m}: `{s}`' for m,s in zip(first.method, first.settings) if m!='random']
     if len(first): lines.append(f"- random: `RandomSubset` with the share that {first.method.iloc[0]} keeps of the same seed and budget")
     lines += [f'- {k} was not run: {why}' for k,why in missing.items()]

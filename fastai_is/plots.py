@@ -22,7 +22,7 @@ def persistence(
     losses:Tensor, # Losses of the same samples in several epochs `[epochs, n]`
     q:int=10 # Number of quantiles
 )->Tensor: # Shares from 0 to 1 `[q]`, the lowest quantile first
-    "The share of each quantile's samples of the first epoch that are in that quantile in all the others. Source: Zakka's blog, 'Learning What to Learn', 2017"
+    "The share of each quantile's samples of the first epoch that are in that quantile in all the others. Source: Kevin Zakka, 2018, 'Learning What to Learn and When to Learn It'"
     qs = quantile_of(losses, q)
     stayed = (qs==qs[0]).all(0)
     return torch.stack([stayed[qs[0]==i].float().mean() for i in range(q)])

@@ -352,6 +352,15 @@ def test_a_method_that_keeps_everything_has_no_smaller_batch(tmp_path):
     tbl = run(tmp_path, dict(ours=lambda: ImportanceCB(keep=1)), budgets=(1,), batch_sizes=(64,))
     assert tbl.method.tolist() == ['plain', 'ours', 'random'] and tbl.backpropagated.nunique() == 1
 
+@pytest.mark.parametrize('seeds', (2, 3, 4, 5, 6))
+def test_up_to_four_seeds_the_interval_is_the_range_of_all_draws(seeds):
+    "Below 95 %, as the table says"
+    accuracy = np.arange(seeds)+3.
+    line = np.array([1., 100.])
+    low, high = speed_up_interval([(np.tile(line[:, None], seeds),)*2], np.ones(seeds), accuracy)
+    lowest, highest = (speed_up([(line, line)], 1., a)[0] for a in accuracy[[0, -1]])
+    assert ((low, high) == pytest.approx((lowest, highest))) == (seeds <= 4) and lowest <= low < high <= highest+1e-9
+
 @pytest.mark.parametrize('size,want', ((32, 'the smallest batches'), (64, None), (128, 'the largest batches')))
 @pytest.mark.parametrize('rate,wanted', ((.01, 'the lowest rate for them'), (.02, None), (.04, 'the highest rate for them')))
 def test_the_best_at_an_edge_is_told(size, want, rate, wanted):

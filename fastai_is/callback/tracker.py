@@ -32,7 +32,8 @@ class _Noted(PlannedLoader):
 # %% ../../nbs/15_callback.tracker.ipynb #d028552b
 class SampleTracker(Callback):
     """Note each sample's loss, score, and times forwarded and backpropagated, by dataset id and epoch. Selects nothing and changes nothing.
-    Where another model scores, as in `ProxyScore`, or smaller images are scored, those passes are not noted. Epochs are counted on from fit to fit; one that was cut short is an epoch. Raises a `ValueError` before training where batches have no ids,
+    Where another model scores, as in `ProxyScore`, or smaller images are scored, those passes are not noted.
+    Epochs are counted on from fit to fit; one that was cut short is an epoch. Raises a `ValueError` before training where batches have no ids,
     and for a training set of another size than the one before. Source: after Toneva et al., 2019"""
     order = SelectionCB.order+1 # when the engine has chosen; before samples are mixed
     run_valid = False
