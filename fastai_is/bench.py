@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'METHODS', 'Problem', 'small_resnet', 'mnist_problem', 'fashion_mnist_problem', 'cifar10_problem',
-           'describe', 'fwd_bwd_cost', 'count_passes', 'fit_once', 'plain_cost', 'speed_up', 'speed_up_interval',
-           'Runs', 'tune', 'summarise', 'markdown', 'plot_frontier', 'bench']
+           'describe', 'count_passes', 'fit_once', 'plain_cost', 'speed_up', 'speed_up_interval', 'Runs', 'tune',
+           'summarise', 'markdown', 'plot_frontier', 'bench']
 
 # %% ../nbs/26_bench.ipynb #25a74396
 import gc, inspect, math, os, time, zlib
@@ -43,6 +43,7 @@ from .callback.ranked import OnlineBatchSelection, PrioritizedSampling
 from .callback.selective import SelectiveBackprop
 from .data import balanced_ids, cifar10, fashion_mnist, mnist
 from .demo import small_convnet
+from .variance import fwd_bwd_cost
 
 # %% ../nbs/26_bench.ipynb #d6267c18
 @dataclass
@@ -124,14 +125,6 @@ def describe(
     names = [p.name for p in params if p.name in vars(cb)]
     if len(names)<len(params): names += [k for k,v in vars(cb).items() if k not in names and k[0]!='_' and isinstance(v, _shown)] # it keeps settings by other names
     return f"{type(cb).__name__}({', '.join(f'{k}={show(getattr(cb, k))}' for k in names)})"
-
-# %% ../nbs/26_bench.ipynb #24e9586f
-def fwd_bwd_cost(
-    forwarded, # Samples that went forwards, in scoring passes and in training
-    backpropagated # Samples that went backwards
-): # In samples that go both ways
-    "The cost in forward-backward equivalents"
-    return (forwarded+2*backpropagated)/3
 
 # %% ../nbs/26_bench.ipynb #97c30af2
 @contextmanager

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['variance_ratio', 'tau', 'ess', 'inflation', 'keep_within', 'break_even', 'constant_variance', 'constant_time',
-           'PassTimer']
+           'fwd_bwd_cost', 'PassTimer']
 
 # %% ../nbs/04_variance.ipynb #ad7b2949
 import time
@@ -105,6 +105,14 @@ def constant_time(
     step = 1+ratio                                 # what a plain step costs, in forward passes of the batch
     pool = 1+.5*(step-step*max(.2, 1/tau)-1)
     return (pool,(step-pool)/step) if tau>2 and pool>1 else (1.,1.)
+
+# %% ../nbs/04_variance.ipynb #24e9586f
+def fwd_bwd_cost(
+    forwarded:float, # Samples that went forwards, in scoring passes and in training
+    backpropagated:float # Samples that went backwards
+)->float: # In samples that go both ways
+    "The cost in forward-backward equivalents, with a backward pass at twice a forward pass"
+    return (forwarded+2*backpropagated)/3
 
 # %% ../nbs/04_variance.ipynb #b14140ef
 class PassTimer:

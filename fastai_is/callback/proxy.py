@@ -10,6 +10,7 @@ from .core import *
 from ..losses import raw_loss
 from ..scores import no_trace, plain_tensors, score_batch, split_batch
 from ..selection import flatten_weights, systematic
+from ..variance import fwd_bwd_cost
 
 from contextlib import contextmanager
 from copy import deepcopy
@@ -173,5 +174,5 @@ class ProxyScore(SelectionCB):
 
     def cost(self)->float: # In samples that plain training could have been given
         "What the fit has cost so far, the proxy included, if a backward pass costs twice a forward pass"
-        def passes(counts): return (counts['forwarded']+2*counts['backpropagated'])/3
-        return passes(self.counts) + (self.proxy_cost*passes(self.proxy_counts) if self.proxy_counts['forwarded'] else 0.)
+        proxy = self.proxy_cost*fwd_bwd_cost(**self.proxy_counts) if self.proxy_counts['forwarded'] else 0.
+        return fwd_bwd_cost(**self.counts)+proxy
