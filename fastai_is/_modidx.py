@@ -145,6 +145,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastai_is/callback/core.py'),
                                          'fastai_is.callback.core.SelectionCB._remember': ( 'callback.core.html#selectioncb._remember',
                                                                                             'fastai_is/callback/core.py'),
+                                         'fastai_is.callback.core.SelectionCB._scale_of': ( 'callback.core.html#selectioncb._scale_of',
+                                                                                            'fastai_is/callback/core.py'),
                                          'fastai_is.callback.core.SelectionCB._score_and_cut': ( 'callback.core.html#selectioncb._score_and_cut',
                                                                                                  'fastai_is/callback/core.py'),
                                          'fastai_is.callback.core.SelectionCB._see': ( 'callback.core.html#selectioncb._see',

@@ -590,25 +590,25 @@ class SelectionCB(Callback):
     def _reduce(self, raw):
         "The weighted mean over a batch that is a choice already, with the whole batch's normaliser"
         s = self.fit_state
-        if s.scale is None:
-            s.scale = loss_scale(self.loss_grad.detach(), raw.detach())
-            if s.seat=='epoch': s.scale = self._window_scale(s.scale, len(raw))
+        if s.scale is None: s.scale = self._window_scale(raw) if s.seat=='epoch' else self._scale_of(raw)
         self.learn.loss_grad = (flatten_weights(s.w, self.bias)*raw).mean()*s.scale
         self.learn.loss = ((s.w*raw).mean()*s.scale if self.unbiased else s.loss).detach()
 
     def _reduce_part(self, sel):
         "The weighted mean over part of a batch that was forwarded whole"
         raw,s = raw_loss(self.loss_func, self.pred, *self.yb),self.fit_state
-        scale,s.idxs = loss_scale(self.loss_grad.detach(), raw.detach()),sel.idxs
+        scale,s.idxs = self._scale_of(raw),sel.idxs
         s.trained -= len(raw)-len(sel.idxs)
         self.learn.loss_grad = (flatten_weights(sel.weights, self.bias)*raw[sel.idxs]).mean()*scale
 
-    def _window_scale(self, scale, k):
-        "The normaliser of a window from that of the `k` samples that were loaded: over an epoch the others are never seen"
+    def _scale_of(self, raw): return loss_scale(self.loss_grad.detach(), raw.detach())
+
+    def _window_scale(self, raw):
+        "The normaliser of a window of which these samples were loaded: over an epoch the others are never seen"
         s,lf = self.fit_state,self.loss_func
-        if getattr(lf, 'reduction', getattr(lf, 'keywords', {}).get('reduction'))=='sum': return scale*s.stands_for/k
-        if s.uniform: self._add_scale(scale) # chosen blindly, so as good as a whole batch
-        return self.normaliser[1]/self.normaliser[0] if self.normaliser[1] else scale # the mean over whole batches
+        if getattr(lf, 'reduction', getattr(lf, 'keywords', {}).get('reduction'))=='sum': return self._scale_of(raw)*s.stands_for/len(raw)
+        if s.uniform: self._add_scale(self._scale_of(raw)) # chosen blindly, so as good as a whole batch
+        return self.normaliser[1]/self.normaliser[0] if self.normaliser[1] else self._scale_of(raw) # the mean over whole batches
 
     def _add_scale(self, scale): self.normaliser = self.normaliser[0]+1/scale,self.normaliser[1]+1
 
