@@ -4,7 +4,11 @@
 
 On a machine that others use as well, one thread and its processor time vary less:
 
-    OMP_NUM_THREADS=1 python benchmarks/rivals.py --processor-time --out benchmarks/results
+    OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 python benchmarks/rivals.py \\
+        --processor-time --out benchmarks/results
+
+The two settings of glibc keep memory that was freed. Without them a step of 128 images asks the system for memory again and again, which takes
+long in some processes and no time in others, and a step of 43 hardly ever does: the epoch seat would gain by luck.
 
 1. A step that scores a batch of 128 and trains on a third of it: `ImportanceCB` and our `BatchLossFilter` in the batch seat, tsai's
    `BatchLossFilter`, Composer's `select_using_loss` called from a fastai callback, and the ideal: the same two passes written by hand, without
@@ -12,11 +16,12 @@ On a machine that others use as well, one thread and its processor time vary les
 2. An epoch of `ImportanceCB` in the epoch seat at a third, beside an epoch of tsai's and of Composer's, from tensors as they come, with
    augmentation on top, and from JPEG that is decoded image by image; and beside an epoch of datacull's RCAP, in a plain PyTorch loop with its own
    loader. tsai's and Composer's are to take at least twice as long as ours. From tensors as they come, they cannot where a forward pass is less
-   than a third of a step: they do it on everything and then train on a third, we do the latter. The ideal's row shows what any form would take.
+   than a third of a step: they do it on everything and then train on a third, we do the latter. The ideal's row shows what any form of theirs
+   would take, and a fit on a random third, which plain fastai is handed as if it were all, what any form of ours would.
 3. The norm of each sample's gradient: `grad_norms` beside Opacus's ghost norms, once by `backward()` as its README has it, and once, kinder than
    any documented use, without computing the gradients of the parameters. Ours is to be no slower than either.
 
-Each on a small convnet with BatchNorm and on one without. How many samples each way trains on is checked in every round, and that norms agree
+Each on MNIST with a small convnet, and on CIFAR-10 with the residual network of `fastai-is bench`, both with BatchNorm and without. How many samples each way trains on is checked in every round, and that norms agree
 before the first. A rival that is not there is listed with the reason, and all others are measured. So that each keeps exactly 43 of 128:
 
 - tsai's filter keeps the largest losses up to a share of their sum, so its number depends on the losses. Its scoring pass is handed
@@ -25,7 +30,9 @@ before the first. A rival that is not there is listed with the reason, and all o
 - Composer's form takes a share of samples; by default every second batch is left whole, which is switched off.
 - datacull's `pruning_rate` is documented as the share to remove, but 1.0.2 *keeps* that share. It is given the share to keep, and rounds up in
   each class.
-- Opacus takes no BatchNorm that is trained. There, BatchNorm's own parameters are frozen for both; a further row has ours with them.
+- Opacus takes no BatchNorm that is trained. There, BatchNorm's own parameters are frozen for both; a further row has ours with them. Nor does
+  1.6.0 give the right norms where the model is in channels-last memory (those of a convolution's weights are off by tens of per cent), which
+  the residual networks are elsewhere; there they are not.
 
 tsai and Composer score in training mode (so that BatchNorm's running statistics see each batch twice), ours and the ideal in evaluation mode. Ours scores
 in bfloat16 where the processor is made for it; in the first part, rows and targets of their own have it in 32 bits, as all others do.
@@ -38,7 +45,7 @@ NumPy and Pillow, but what is measured here runs with newer ones, so that all ha
     pip install py-cpuinfo 'torchmetrics<1.7.5' 'torch_optimizer<0.4' coolname tabulate 'importlib-metadata<9' \\
         backoff 'gql<4' argcomplete ruamel.yaml termcolor validators 'questionary<2.1' rich protobuf psutil
 """
-import argparse, io, platform, tempfile, time, warnings
+import argparse, io, os, platform, shlex, sys, tempfile, time, warnings
 from copy import deepcopy
 from importlib import metadata
 from pathlib import Path
@@ -46,16 +53,16 @@ from pathlib import Path
 import fastai, numpy as np, torch
 from fastai.vision.all import *
 from fastai_is.all import *
+from fastai_is.bench import small_resnet
 from fastai_is.gradnorm import grad_norms
 from fastai_is.scores import fast_bf16
 
 ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 ap.add_argument('--rounds', type=int, default=15)
 ap.add_argument('--steps', type=int, default=20, help='batches in an epoch')
-ap.add_argument('--widths', type=int, nargs='+', default=(24,48,96,128), help='channels of each convolution')
+ap.add_argument('--widths', type=int, nargs='+', default=(24,48,96,128), help='channels of each convolution of the convnet')
 ap.add_argument('--out', type=Path, default=None)
 ap.add_argument('--processor-time', action='store_true', help='seconds of processor time, for a machine that does other things beside; with OMP_NUM_THREADS=1')
-ap.add_argument('--note', default='', help='what else ran on the machine')
 args = ap.parse_args()
 BS,K = 128,43
 device = default_device()
@@ -96,22 +103,35 @@ def get(package): return rivals[package][2] if package in rivals else None
 def convnet(norm):
     "The demo's small convnet, with BatchNorm or without"
     widths = tuple(args.widths)
-    convs = [ConvLayer(i, o, stride=2 if n else 1, norm_type=NormType.Batch if norm else None) for n,(i,o) in enumerate(zip((1,)+widths, widths))]
+    convs = [ConvLayer(i, o, stride=2 if n else 1, norm_type=norm) for n,(i,o) in enumerate(zip((1,)+widths, widths))]
     return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(widths[-1], 10)).to(device)
-nets = {'BatchNorm':True, 'no BatchNorm':False}
-def jpegs():
-    "The same digits as JPEG in memory, each opened and decoded when it is asked for, as `ImageBlock` does"
+def resnet(norm):
+    "The residual network of the benchmark of CIFAR-10, with BatchNorm or without"
+    net = small_resnet()
+    for m in [] if norm else list(net.modules()):
+        for k,o in m.named_children():
+            if isinstance(o, nn.BatchNorm2d): setattr(m, k, nn.Identity())
+    return net.to(device, memory_format=torch.channels_last)
+def jpegs(data, stats):
+    "The same images as JPEG in memory, each opened and decoded when it is asked for, as `ImageBlock` does"
+    ds = data.train_ds
+    kind = PILImageBW if ds.x.shape[1]==1 else PILImage
     def encode(x):
         f = io.BytesIO()
-        PILImageBW.create(x[0].numpy()).save(f, 'jpeg')
+        kind.create(x.permute(1, 2, 0).squeeze(-1).numpy()).save(f, 'jpeg')
         return f.getvalue()
-    ds = mnist(n=BS*args.steps).train_ds
     files,labels = [encode(x) for x in ds.x],ds.y.tolist()
-    opened = [lambda i: PILImageBW.create(io.BytesIO(files[i])), ToTensor()]
+    opened = [lambda i: kind.create(io.BytesIO(files[i])), ToTensor()]
     dsets = Datasets(range_of(files), [opened,[lambda i: TensorCategory(labels[i])]], splits=[range_of(files),range(BS)])
-    return dsets.dataloaders(bs=BS, after_batch=[IntToFloatTensor(),Normalize.from_stats(*mnist_stats, cuda=False)], num_workers=0, device=device)
-loaders = {'as they come':mnist(n=BS*args.steps, bs=BS), 'augmented':mnist(n=BS*args.steps, bs=BS, batch_tfms=aug_transforms(do_flip=False)),
-    'decoded from JPEG':jpegs()}
+    return dsets.dataloaders(bs=BS, after_batch=[IntToFloatTensor(),Normalize.from_stats(*stats, cuda=False)], num_workers=0, device=device)
+def loaders(data, stats, tfms):
+    "The same images in three ways"
+    as_they_come = data(n=BS*args.steps, bs=BS)
+    return {'as they come':as_they_come, 'augmented':data(n=BS*args.steps, bs=BS, batch_tfms=tfms), 'decoded from JPEG':jpegs(as_they_come, stats)}
+digits = loaders(mnist, mnist_stats, aug_transforms(do_flip=False))
+photos = loaders(cifar10, cifar_stats, aug_transforms(max_rotate=0., max_zoom=1.2, max_lighting=0., max_warp=0.))
+nets = {f'{kind}{", BatchNorm" if norm else ", no BatchNorm"}':(partial(make, norm),data)
+    for kind,make,data in (('convnet',convnet,digits),('ResNet',resnet,photos)) for norm in (NormType.Batch,None)}
 
 def clock():
     if device.type=='cuda': torch.cuda.synchronize()
@@ -132,10 +152,10 @@ class Timing(Callback):
 
 # The ways to train on a third. Each is a function that trains for an epoch and returns (seconds of a step, of the epoch, sizes of the batches)
 
-def in_fastai(norm, dls, cb=None, loss=None):
+def in_fastai(net, dls, cb=None, loss=None):
     set_seed(0)
     log = Timing()
-    learn = Learner(dls, convnet(norm), loss_func=loss or CrossEntropyLossFlat(), cbs=[log]+([cb] if cb else []))
+    learn = Learner(dls, net(), loss_func=loss or CrossEntropyLossFlat(), cbs=[log]+([cb] if cb else []))
     learn._do_epoch_validate = lambda *a, **k: None
     def f():
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
@@ -171,10 +191,10 @@ class IdealStep(Callback):
         x,y = best_of(self.model, self.x.as_subclass(Tensor), self.y.as_subclass(Tensor))
         self.learn.xb,self.learn.yb = (x,),(y,)
 
-def by_hand(norm, dls):
+def by_hand(net, dls):
     "The same without fastai, but for its loader"
     set_seed(0)
-    model = convnet(norm)
+    model = net()
     opt = torch.optim.AdamW(model.parameters())
     def f():
         steps,sizes = [],[]
@@ -191,13 +211,13 @@ def by_hand(norm, dls):
         return np.median(steps[1:]),clock()-t0,sizes
     return f
 
-def with_datacull(norm, dls, folder):
+def with_datacull(net, dls, folder):
     "RCAP as datacull's README has it, with images that are normalised beforehand"
     dc,ds = get('datacull'),dls.train.dataset
     x,y = (torch.cat([b[i].as_subclass(Tensor).cpu() for b in dls.train.new(shuffle=False, drop_last=False)]) for i in range(2))
     class Images(torch.utils.data.TensorDataset): targets = y.numpy()
     set_seed(0)
-    model,data,log = convnet(norm),dc.DCDataset(Images(x, y)),dc.DCLogger(f'{folder}/')
+    model,data,log = net(),dc.DCDataset(Images(x, y)),dc.DCLogger(f'{folder}/')
     opt,score = torch.optim.AdamW(model.parameters()),dc.RCAPImportance(data, log, beta=1.)
     loader,epochs = dc.RCAPDataLoader(data, pruning_rate=K/BS, batch_size=BS),[]
     def f():
@@ -217,18 +237,23 @@ def with_datacull(norm, dls, folder):
     return f
 
 OURS,OURS32,BLF,BLF32,TSAI,COMPOSER,HAND,HAND_FASTAI = 'ImportanceCB','ImportanceCB, scored in 32 bits','our BatchLossFilter','our BatchLossFilter, scored in 32 bits','tsai','Composer','ideal (a), by hand','ideal (b), by hand in fastai'
-EPOCH,DATACULL,PLAIN = 'ImportanceCB, epoch seat','datacull RCAP','plain fastai'
+EPOCH,THIRD,DATACULL,PLAIN = 'ImportanceCB, epoch seat','plain fastai, handed a random third','datacull RCAP','plain fastai'
 
-def batch_ways(norm, dls):
-    ways = {HAND:by_hand(norm, dls), HAND_FASTAI:in_fastai(norm, dls, IdealStep()),
-        OURS:in_fastai(norm, dls, ImportanceCB(keep=K/BS, seat='batch', gate=None)),
-        BLF:in_fastai(norm, dls, BatchLossFilter(0., min_sample_perc=K/BS, gate=None))}
+def third(dls):
+    "Another third of the same images in each epoch, by chance, in as many batches"
+    n = BS*args.steps
+    return DataLoaders(dls.train.new(bs=K, n=K*args.steps, get_idxs=lambda: torch.randperm(n)[:K*args.steps].tolist()), dls.valid)
+
+def batch_ways(net, dls):
+    ways = {HAND:by_hand(net, dls), HAND_FASTAI:in_fastai(net, dls, IdealStep()),
+        OURS:in_fastai(net, dls, ImportanceCB(keep=K/BS, seat='batch', gate=None)),
+        BLF:in_fastai(net, dls, BatchLossFilter(0., min_sample_perc=K/BS, gate=None))}
     if fast_bf16(device):
-        ways[OURS32] = in_fastai(norm, dls, ImportanceCB(keep=K/BS, seat='batch', gate=None, bf16=False))
-        ways[BLF32] = in_fastai(norm, dls, BatchLossFilter(0., min_sample_perc=K/BS, gate=None, bf16=False))
-    if get('tsai'): ways[TSAI] = in_fastai(norm, dls, get('tsai')(loss_perc=(K+.5)/BS), Levelled())
-    if get('mosaicml'): ways[COMPOSER] = in_fastai(norm, dls, ComposerStep())
-    return {**ways, PLAIN:in_fastai(norm, dls)}
+        ways[OURS32] = in_fastai(net, dls, ImportanceCB(keep=K/BS, seat='batch', gate=None, bf16=False))
+        ways[BLF32] = in_fastai(net, dls, BatchLossFilter(0., min_sample_perc=K/BS, gate=None, bf16=False))
+    if get('tsai'): ways[TSAI] = in_fastai(net, dls, get('tsai')(loss_perc=(K+.5)/BS), Levelled())
+    if get('mosaicml'): ways[COMPOSER] = in_fastai(net, dls, ComposerStep())
+    return {**ways, PLAIN:in_fastai(net, dls)}
 
 def right(name, sizes):
     "Does this way train on as many samples as it should?"
@@ -264,38 +289,38 @@ def target(what, a, b, most=None, least=None):
 info = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
 cpu = next((l.split(':')[1].strip() for l in info if l.startswith('model name')), platform.processor() or platform.machine())
 where = torch.cuda.get_device_name() if device.type=='cuda' else f'{cpu}, {torch.get_num_threads()} threads'
-say(f'# Beside other packages\n\n`python benchmarks/rivals.py{" --processor-time"*args.processor_time}`; {where}{" (processor time)"*args.processor_time}; Python {platform.python_version()}, torch {torch.__version__}, '
-    f'fastai {fastai.__version__}. Medians over {args.rounds} rounds of {args.steps} batches of {BS} MNIST digits, {K} of each kept, '
-    f'channels {tuple(args.widths)}; all ways in turn in one process. A ratio is the median over rounds of the ratio within a round, '
-    f'with quartiles. {args.note}'.strip())
+kept = ' '.join(f'{k}={v}' for k,v in sorted(os.environ.items()) if k.startswith('MALLOC_'))
+say(f'# Beside other packages\n\n`python benchmarks/rivals.py {shlex.join(sys.argv[1:])}`; {where}{" (processor time)"*args.processor_time}{f"; {kept}"*bool(kept)}; Python {platform.python_version()}, torch {torch.__version__}, '
+    f'fastai {fastai.__version__}. Medians over {args.rounds} rounds of {args.steps} batches of {BS} images, {K} of each kept; '
+    f'convnets with channels {tuple(args.widths)} on MNIST, residual networks on CIFAR-10; all ways in turn in one process. A ratio is the median over rounds of the ratio within a round, '
+    f'with quartiles.')
 head('package', 'version', 'measured')
 for k,(v,what,_) in rivals.items(): row(k, v, what)
 for k,(what,why) in missing.items(): row(k, 'not measured', f'{what}: {why}')
 
 say('\n## 1. A step at a third, in the batch')
-seconds = {}
-for net,norm in nets.items():
-    seconds[net] = ts = alternate(batch_ways(norm, loaders['as they come']), 0)
-    head(net, 'ms', 'over ideal (a)', 'ImportanceCB over it')
+for name,(net,data) in nets.items():
+    ts = alternate(batch_ways(net, data['as they come']), 0)
+    head(name, 'ms', 'over ideal (a)', 'ImportanceCB over it')
     for k,t in ts.items(): row(k, f'{1e3*np.median(t):.2f}', ratio(t, ts[HAND]), ratio(ts[OURS], t))
     for ours in (OURS,OURS32,BLF,BLF32):
         if ours not in ts: continue
         for k in (TSAI,COMPOSER):
-            if k in ts: target(f'step of {ours} over {k}, {net}', ts[ours], ts[k], most=1)
-        if ours in (OURS,OURS32): target(f'step of {ours} over ideal (a), {net}', ts[ours], ts[HAND], most=1.05)
+            if k in ts: target(f'step of {ours} over {k}, {name}', ts[ours], ts[k], most=1)
+        if ours in (OURS,OURS32): target(f'step of {ours} over ideal (a), {name}', ts[ours], ts[HAND], most=1.05)
 
 say('\n## 2. An epoch at a third')
-for kind,dls in loaders.items():
-    for net,norm in nets.items():
+for name,(net,data) in nets.items():
+    for kind,dls in data.items():
         with tempfile.TemporaryDirectory() as folder:
-            ways = {EPOCH:in_fastai(norm, dls, ImportanceCB(keep=K/BS, gate=None))}
-            ways.update({k:f for k,f in batch_ways(norm, dls).items() if k in (HAND,TSAI,COMPOSER,PLAIN)})
-            if get('datacull') and kind=='as they come': ways[DATACULL] = with_datacull(norm, dls, folder)
+            ways = {EPOCH:in_fastai(net, dls, ImportanceCB(keep=K/BS, gate=None)), THIRD:in_fastai(net, third(dls))}
+            ways.update({k:f for k,f in batch_ways(net, dls).items() if k in (HAND,TSAI,COMPOSER,PLAIN)})
+            if get('datacull') and kind=='as they come': ways[DATACULL] = with_datacull(net, dls, folder)
             ts = alternate(ways, 1)
-        head(f'{net}, batches {kind}', 'ms', 'over our epoch seat', 'over plain fastai')
+        head(f'{name}, batches {kind}', 'ms', 'over our epoch seat', 'over plain fastai')
         for k,t in ts.items(): row(k, f'{1e3*np.median(t):.1f}', ratio(t, ts[EPOCH]), ratio(t, ts[PLAIN]))
         for k in (TSAI,COMPOSER):
-            if k in ts: target(f'epoch of {k} over our epoch seat, {net}, batches {kind}', ts[k], ts[EPOCH], least=2)
+            if k in ts: target(f'epoch of {k} over our epoch seat, {name}, batches {kind}', ts[k], ts[EPOCH], least=2)
 
 say("\n## 3. Norms of samples' gradients")
 def ghost(model, x, y, kind):
@@ -330,25 +355,25 @@ def plain_pass(model, x, y):
         F.cross_entropy(model(x), y).backward()
         return clock()-t,None
     return f
-x,y = (o.as_subclass(Tensor) for o in loaders['as they come'].one_batch())
-for net,norm in nets.items():
+for name,(net,data) in nets.items():
+    x,y = (o.as_subclass(Tensor) for o in data['as they come'].one_batch())
     set_seed(0)
-    model = convnet(norm)
+    model = net().to(memory_format=torch.contiguous_format) # Opacus's norms are wrong for others
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     with torch.no_grad(): model(x) # in training mode: running statistics that are not those of no data
     ways = {}
-    if norm: ways["grad_norms, with BatchNorm's parameters"] = ours(model, x, y)
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d): m.requires_grad_(False)
+    if norms: ways["grad_norms, with BatchNorm's parameters"] = ours(model, x, y)
+    for m in norms: m.requires_grad_(False)
     ways = {'grad_norms':ours(model, x, y), **ways, 'plain forward and backward':plain_pass(model, x, y)}
     if get('opacus'):
         ways['Opacus, by backward()'],ways["Opacus, without the parameters' gradients"] = (ghost(model, x, y, kind) for kind in (False,True))
         for k in list(ways)[-2:]: torch.testing.assert_close(ways[k]()[1], ways['grad_norms']()[1], rtol=1e-3, atol=1e-6)
     many = {k:lambda f=f: (np.median([f()[0] for _ in range(args.steps)]),) for k,f in ways.items()}
     ts = alternate(many, 0, check=False)
-    head(net, 'ms', 'grad_norms over it')
+    head(name, 'ms', 'grad_norms over it')
     for k,t in ts.items(): row(k, f'{1e3*np.median(t):.2f}', ratio(ts['grad_norms'], t))
     for k in ts:
-        if 'Opacus' in k: target(f'grad_norms over {k}, {net}', ts['grad_norms'], ts[k], most=1)
+        if 'Opacus' in k: target(f'grad_norms over {k}, {name}', ts['grad_norms'], ts[k], most=1)
 
 say('\n## Targets')
 head('', 'wanted', 'measured', 'met')
