@@ -21,8 +21,9 @@ long in some processes and no time in others, and a step of 43 hardly ever does:
 3. The norm of each sample's gradient: `grad_norms` beside Opacus's ghost norms, once by `backward()` as its README has it, and once, kinder than
    any documented use, without computing the gradients of the parameters. Ours is to be no slower than either.
 
-Each on MNIST with a small convnet, and on CIFAR-10 with the residual network of `fastai-is bench`, both with BatchNorm and without. How many samples each way trains on is checked in every round, and that norms agree
-before the first. A rival that is not there is listed with the reason, and all others are measured. So that each keeps exactly 43 of 128:
+Each on MNIST with a small convnet, and on CIFAR-10 with the residual network of `fastai-is bench`, both with BatchNorm and without. How many
+samples each way trains on is checked in every round, and that norms agree before the first. A rival that is not there is listed with the reason,
+and all others are measured. So that each keeps exactly 43 of 128:
 
 - tsai's filter keeps the largest losses up to a share of their sum, so its number depends on the losses. Its scoring pass is handed
   `1 + loss/100,000`, which has the order of the losses and makes shares of the sum shares of the samples. The step that follows trains on the
