@@ -5,13 +5,14 @@
 All ways are measured in turn, again and again, in one process, so that what else the machine does falls on all of them. A ratio is the
 median over the rounds of the ratio within a round. The loop differentiates one loss at a time, as written in the blog; it runs in a few rounds only.
 """
-import argparse, platform, time
+import argparse, shlex, sys, time
 from pathlib import Path
 from statistics import median
 
-import fastai, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from fastai_is.analysis import machine
 from fastai_is.data import mnist
 from fastai_is.gradnorm import grad_norms
 
@@ -59,12 +60,9 @@ for i in range(args.rounds):
     for f in (plain, ours, func) + ((loop,) if i < args.loop_rounds else ()): times[f].append(seconds(f))
 
 def ratio(a, b): return median(x/y for x, y in zip(times[a], times[b]))
-info = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-cpu = next((l.split(':')[1].strip() for l in info if l.startswith('model name')), platform.processor())
-where = torch.cuda.get_device_name() if device == 'cuda' else f'{cpu}, {torch.get_num_threads()} threads'
 names = {plain: 'plain forward and backward', ours: 'grad_norms', func: 'torch.func.vmap(grad)', loop: 'loop of autograd.grad'}
-text = '\n'.join(['# Cost of exact gradient norms', '', f'{args.bs} MNIST digits, small convnet, `python benchmarks/gradnorm.py`',
-    f'{where}; Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}', '',
+text = '\n'.join(['# Cost of exact gradient norms', '', f'{args.bs} MNIST digits, small convnet, `python benchmarks/gradnorm.py {shlex.join(sys.argv[1:])}`',
+    machine().rpartition(';')[0], '',
     '| | median ms | rounds |', '|---|---|---|',
     *(f'| {names[f]} | {1000*median(t):.1f} | {len(t)} |' for f, t in times.items()), '', '| ratio | measured | wanted |', '|---|---|---|',
     f'| grad_norms / plain forward and backward | {ratio(ours, plain):.2f} | at most 1.7 |',

@@ -7,12 +7,13 @@ over each batch and, in those steps in which the callback trains, one training s
 (a) in fastai, with a callback of five lines, so that the difference is what scores, percentiles, draws and queue cost (at most 1.03);
 (b) without fastai, so that its loop counts too.
 """
-import argparse, platform, time
+import argparse, time
 from pathlib import Path
 
 import numpy as np, torch
 from fastai.vision.all import *
 from fastai_is.all import *
+from fastai_is.analysis import machine
 from fastai_is.callback.selective import SelectiveBackprop
 from fastai_is.demo import small_convnet
 
@@ -77,7 +78,7 @@ def by_hand(model, opt, pattern):
     return times
 
 def ms(o): return 1e3*np.median(o)
-lines = [f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}; '
+lines = [f'{machine().rpartition(";")[0]}; '
          f'medians over {args.rounds} rounds of {args.steps} batches of {BS}, measured alternately, beta={args.beta:g}. {args.note}'.strip()]
 def say(*o): lines.append(' '.join(map(str, o))); print(lines[-1], flush=True)
 print(lines[0])

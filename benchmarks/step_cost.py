@@ -7,12 +7,13 @@
 3. The training part of an epoch in the epoch seat at a share of a third, over that of plain fastai (at most 0.40),
    for a network whose step takes 40 ms or more, and for smaller ones, where fastai's own time for each step shows.
 """
-import argparse, platform, time
+import argparse, time
 from pathlib import Path
 
 import numpy as np, torch
 from fastai.vision.all import *
 from fastai_is.all import *
+from fastai_is.analysis import machine
 from fastai_is.demo import small_convnet
 
 ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,7 +68,7 @@ def hand_written(model, k, opt):
     return times
 
 def ms(o): return 1e3*np.median(o)
-lines = [f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}; '
+lines = [f'{machine().rpartition(";")[0]}; '
          f'medians over {args.rounds} rounds of {args.steps} steps, batch size {BS}, measured alternately']
 def say(*o): lines.append(' '.join(map(str, o))); print(lines[-1], flush=True)
 print(lines[0])
