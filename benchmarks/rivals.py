@@ -7,8 +7,8 @@ On a machine that others use as well, one thread and its processor time vary les
     OMP_NUM_THREADS=1 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 python benchmarks/rivals.py \\
         --processor-time --out benchmarks/results
 
-The two settings of glibc keep memory that was freed. Without them a step of 128 images asks the system for memory again and again, which takes
-long in some processes and no time in others, and a step of 43 hardly ever does: the epoch seat would gain by luck.
+The two settings of glibc keep memory that was freed. Without them a step of 128 images may have to ask the system for it anew each time, which
+depends on the process, and a step of 43 hardly ever: the epoch seat would gain by luck.
 
 1. A step that scores a batch of 128 and trains on a third of it: `ImportanceCB` and our `BatchLossFilter` in the batch seat, tsai's
    `BatchLossFilter`, Composer's `select_using_loss` called from a fastai callback, and the ideal: the same two passes written by hand, without
@@ -46,14 +46,15 @@ NumPy and Pillow, but what is measured here runs with newer ones, so that all ha
     pip install py-cpuinfo 'torchmetrics<1.7.5' 'torch_optimizer<0.4' coolname tabulate 'importlib-metadata<9' \\
         backoff 'gql<4' argcomplete ruamel.yaml termcolor validators 'questionary<2.1' rich protobuf psutil
 """
-import argparse, io, os, platform, shlex, sys, tempfile, time, warnings
+import argparse, io, os, shlex, sys, tempfile, time, warnings
 from copy import deepcopy
 from importlib import metadata
 from pathlib import Path
 
-import fastai, numpy as np, torch
+import numpy as np, torch
 from fastai.vision.all import *
 from fastai_is.all import *
+from fastai_is.analysis import machine
 from fastai_is.bench import small_resnet
 from fastai_is.gradnorm import grad_norms
 from fastai_is.scores import fast_bf16
@@ -287,12 +288,9 @@ def target(what, a, b, most=None, least=None):
     m = np.median(a/b)
     targets.append((what, f'at most {most:g}' if most else f'at least {least:g}', ratio(a, b), 'yes' if (m<=most if most else m>=least) else 'no'))
 
-info = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-cpu = next((l.split(':')[1].strip() for l in info if l.startswith('model name')), platform.processor() or platform.machine())
-where = torch.cuda.get_device_name() if device.type=='cuda' else f'{cpu}, {torch.get_num_threads()} threads'
 kept = ' '.join(f'{k}={v}' for k,v in sorted(os.environ.items()) if k.startswith('MALLOC_'))
-say(f'# Beside other packages\n\n`python benchmarks/rivals.py {shlex.join(sys.argv[1:])}`; {where}{" (processor time)"*args.processor_time}{f"; {kept}"*bool(kept)}; Python {platform.python_version()}, torch {torch.__version__}, '
-    f'fastai {fastai.__version__}. Medians over {args.rounds} rounds of {args.steps} batches of {BS} images, {K} of each kept; '
+say(f'# Beside other packages\n\n`python benchmarks/rivals.py {shlex.join(sys.argv[1:])}`{" (processor time)"*args.processor_time}{f"; {kept}"*bool(kept)}; {machine().rpartition(";")[0]}. '
+    f'Medians over {args.rounds} rounds of {args.steps} batches of {BS} images, {K} of each kept; '
     f'convnets with channels {tuple(args.widths)} on MNIST, residual networks on CIFAR-10; all ways in turn in one process. A ratio is the median over rounds of the ratio within a round, '
     f'with quartiles.')
 head('package', 'version', 'measured')
