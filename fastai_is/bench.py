@@ -520,7 +520,7 @@ def _report(fit, runs, tbl, best, how, missing, command):
         f"Seconds{_processor(fit)} are of training, without validation.", '',
         f"Machine: {o['machine']}; fastai_is {o['version']}", '', markdown(tbl, o['n']), '',
         f"All methods have batches of {best[0]} at a peak rate of {best[1]:.2g}{how}. Plain training is shown with "
-        "what it was tuned to, and with batches that are smaller by the share that the first method leaves out.", '']
+        "these, and with batches that are smaller by the share that the first method leaves out.", '']
     lines += [f'- {m}: `{s}`' for m,s in zip(first.method, first.settings) if m!='random']
     if len(first): lines.append(f"- random: `RandomSubset` with the share that {first.method.iloc[0]} keeps of the same seed and budget")
     lines += [f'- {k} was not run: {why}' for k,why in missing.items()]
