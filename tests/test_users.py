@@ -111,9 +111,11 @@ def test_targets_that_come_too_late():
     def learner(): return Learner(DataLoaders(DataLoader(items, bs=64), DataLoader(items, bs=64)), nn.Linear(20, 20), loss_func=MSELossFlat())
     for cb in (ImportanceCB(), ImportanceCB(seat='batch'), BatchLossFilter()): refused('no targets when .* sees it: .*`order` below -5', learner(), cb, SetTarget())
     refused('no targets when sample_tracker sees it', learner(), SampleTracker(), SetTarget())
+    refused('no targets when proxy_score sees it: .*`order` below -5', learner(), ProxyScore(), SetTarget())
+    refused('DataLoader have no targets: .*anchor does not see', learner(), SVRG(), SetTarget())
     early = SetTarget()
     early.order = -10
-    assert len(quiet_fit(learner(), 2, [ImportanceCB(), early]).recorder.values) == 2
+    for cb in (ImportanceCB(), ProxyScore()): assert len(quiet_fit(learner(), 2, [cb, early]).recorder.values) == 2
 
 @pytest.mark.parametrize('cb', (ImportanceCB, BatchLossFilter, CoresetSelection, ProxyScore))
 def test_a_layer_of_another_model_is_refused(cb):

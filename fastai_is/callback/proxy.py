@@ -134,7 +134,8 @@ class ProxyScore(SelectionCB):
         if loader_has(dl, 'seq_len'): raise ValueError(f"The batches of this {type(dl).__name__} continue each other row by row: expected a loader of which samples can be left out.")
         if s.ready or no_ids(dl) or not len(dl): return # a stream must not lose a batch: its first one will tell
         with aside(dl): b = self.learn._set_device(dl.one_batch())
-        self._prepare(*split_batch(self.dls, b))
+        xb,yb = split_batch(self.dls, b)
+        if len(yb): self._prepare(xb, yb) # else another callback may set them
 
     def start_epoch(self): self.fit_state.on = self.epochs>=self.warmup
     def plan(self, ids, bs):
@@ -147,7 +148,7 @@ class ProxyScore(SelectionCB):
 
     def before_batch(self):
         s = self.fit_state
-        if s and not s.ready: self._prepare(self.xb, self.yb)
+        if s and not s.ready and count_rows(self): self._prepare(self.xb, self.yb)
         super().before_batch()
 
     def scoring_pass(self):

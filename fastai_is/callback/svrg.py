@@ -72,8 +72,11 @@ class SVRG(Callback):
             if isinstance(cb, (SelectionCB,MixHandler,GradientAccumulation,MixedPrecision,RNNCallback)):
                 raise ValueError(f"{cb} changes the batch, the loss or the scale of the gradient, which the pass at the anchor would not see: expected SVRG without it.")
         if hasattr(self.learn, 'distributed_trainer') or hasattr(self.learn, 'parallel_trainer'): raise ValueError("SVRG on several devices: expected one.")
-        if (why := no_ids(self.dls.train)): raise ValueError(f"This {type(self.dls.train).__name__} cannot be gone through for an anchor: {why}. Expected a `DataLoader` with ids.")
-        lf = self.loss_func
+        dl,lf = self.dls.train,self.loss_func
+        if (why := no_ids(dl)): raise ValueError(f"This {type(dl).__name__} cannot be gone through for an anchor: {why}. Expected a `DataLoader` with ids.")
+        with aside(dl):
+            if len(dl) and not len(split_batch(self.dls, dl.one_batch())[1]):
+                raise ValueError(f"The batches of this {type(dl).__name__} have no targets: expected some. The pass at the anchor does not see what another callback sets.")
         if getattr(lf, 'reduction', getattr(lf, 'keywords', {}).get('reduction')) not in (None,'mean'): raise ValueError(f"{lf!r} is not a mean: expected reduction='mean'.")
         self.counts.update(forwarded=0, backpropagated=0)
 
