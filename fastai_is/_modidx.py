@@ -738,5 +738,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastai_is.variance.fwd_bwd_cost': ('variance.html#fwd_bwd_cost', 'fastai_is/variance.py'),
                                     'fastai_is.variance.inflation': ('variance.html#inflation', 'fastai_is/variance.py'),
                                     'fastai_is.variance.keep_within': ('variance.html#keep_within', 'fastai_is/variance.py'),
+                                    'fastai_is.variance.realised_inflation': ('variance.html#realised_inflation', 'fastai_is/variance.py'),
                                     'fastai_is.variance.tau': ('variance.html#tau', 'fastai_is/variance.py'),
                                     'fastai_is.variance.variance_ratio': ('variance.html#variance_ratio', 'fastai_is/variance.py')}}}

@@ -232,3 +232,29 @@ def test_pass_timer():
     costs = timer.costs
     step(1., 1.)
     assert timer.costs == costs and len(waits) == 12
+
+# What it did cost
+def test_realised_inflation_tells_the_variance_of_a_choice_by_old_scores():
+    "The scores chosen by are old; the variance is that of many choices of the same windows"
+    now, old = (torch.rand(50, 64, generator=gen(i), dtype=torch.float64)**3 for i in (1, 2))
+    old, sign = (3*old+now)/4, torch.randint(2, (50, 64), generator=gen(3))*2.-1 # gradients in one dimension: unrelated but for their size
+    est, told, g = [], [], gen(4)
+    for _ in range(3000):
+        sel = systematic(old, 16, .2, g)
+        chosen = now.gather(1, sel.idxs)
+        est.append((sel.weights*(now*sign).gather(1, sel.idxs)).mean(1)-(now*sign).mean(1))
+        told.append(float(realised_inflation(chosen.flatten(), sel.weights.flatten(), 16/64)))
+    pi = inclusion(old, 16, .2)
+    exact = float((now.square()/pi).sum()/now.square().sum())
+    se = torch.tensor(told).std()/3000**.5
+    assert abs(sum(told)/3000-exact) < max(.002*exact, 4*se), 'what is told is what the probabilities say'
+    assert exact > 1.3*inflation(old, 16, .2), 'and not what was predicted'
+    measured = 1+float(torch.stack(est).square().mean(0).sum()/(now.square().sum(1)/64**2).sum())
+    assert abs(measured/exact-1) < .05, 'which is the variance that many choices have'
+
+def test_realised_inflation_by_hand():
+    s, w = torch.tensor([3., 1.]), torch.tensor([.5, 2.])
+    assert realised_inflation(s, w, .5) == (9*.25+1*4)/(.5*(9*.5+1*2))
+    assert abs(realised_inflation(torch.ones(8), torch.ones(8), .25)-4) < 1e-12, 'by chance'
+    assert realised_inflation(s, torch.ones(2), 1.) == 1, 'everything'
+    assert realised_inflation(torch.zeros(8), torch.ones(8), .25).isnan()
