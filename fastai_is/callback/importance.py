@@ -54,7 +54,7 @@ class ImportanceCB(SelectionCB):
         smooth:float=.2, # Share of uniform probability mixed in; bounds the weights by `1/smooth`, and those of two stages by its square
         gate:float|str|None='auto', # When to select: 'auto' when it pays, above a threshold of tau, or None for always
         seat:str='epoch', # Where to select: 'epoch', 'batch' or 'loss'
-        limit:float=1.1, # Largest predicted variance, relative to training on everything, that 'auto' accepts
+        limit:float=1.1, # Largest variance, relative to training on everything, that 'auto' accepts, as remembered scores predict it; it comes to more
         floor:float=.1, # Smallest share that `keep='auto'` may come to
         least:int=32, # Samples of a step at least, over the epoch, but no more than a batch has: what `keep='auto'` keeps of several batches, or parts of them, is put together
         prefilter:int=3, # Over the epoch: for each sample that `keep='auto'` trains on, this many are loaded and scored anew, up to as many batches; 1: none is

@@ -1,0 +1,74 @@
+"""Is the gradient as precise as `ImportanceCB` predicts? It keeps so much that the predicted variance is within `limit`, by scores that are an epoch old or older.
+
+    OMP_NUM_THREADS=1 python benchmarks/realised.py --out benchmarks/results
+
+Networks are trained on MNIST, in one stage and in two (which choose among what is loaded once more, by fresh scores), and on 10,000 images of CIFAR-10. Of
+each epoch with a choice: the share kept, the variance that was predicted, the one that it came to by the scores that the samples turned out to have, and that
+of as many by chance, all relative to the whole batches that were chosen from. Where it came to little less than by chance, the choice is worth little.
+"""
+import argparse, shlex, sys
+from pathlib import Path
+
+import fastai_is, pandas as pd, torch
+from fastai.callback.core import Callback
+from fastai.torch_core import set_seed
+from fastprogress.fastprogress import progress_bar
+
+from fastai_is.analysis import machine
+from fastai_is.bench import PROBLEMS
+from fastai_is.callback.importance import ImportanceCB
+from fastai_is.variance import inflation, realised_inflation
+
+ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+ap.add_argument('--seeds', type=int, default=3, help='how many')
+ap.add_argument('--n', type=int, default=None, help='training samples of each, for a quick look; by default 60,000 and 10,000')
+ap.add_argument('--cases', default='', help='numbers of the cases, such as 0,2; all by default')
+ap.add_argument('--out', type=Path, default=Path('benchmarks/results'), help='folder')
+args = ap.parse_args()
+torch.set_num_threads(1)
+
+CASES = {'MNIST, one stage':('mnist',60_000,128,6.4e-2,8,1), 'MNIST, two stages (the default)':('mnist',60_000,128,6.4e-2,8,3),
+    'CIFAR-10':('cifar10',10_000,32,2e-2,24,3)}
+if args.cases: CASES = {k:CASES[k] for k in (list(CASES)[int(o)] for o in args.cases.split(','))}
+
+class Watch(Callback):
+    "What each epoch's choice was predicted to cost, and what it did cost"
+    run_valid = False
+    order = ImportanceCB.order+1 # after the scores of the epoch are stored
+    def __init__(self, cb): self.cb,self.rows = cb,[]
+    def before_train(self): self.chosen,self.made = [],None
+    def select(self, learn, ids, weights, scores):
+        "Called with what is loaded over the epoch, and with what is trained on of each batch where that is chosen once more"
+        s = self.cb.fit_state
+        if not self.made: self.made = ids,weights,scores
+        else: self.chosen.append((scores[ids],weights))
+    def after_train(self):
+        if not self.made: return
+        s,(ids,weights,before) = self.cb.fit_state,self.made
+        now,w = (torch.cat(o) for o in zip(*self.chosen)) if self.chosen else (self.cb.store.values[ids],weights)
+        share,k = len(w)/s.n,round(s.share*s.bs)
+        order = torch.randperm(len(before), generator=torch.Generator().manual_seed(0)) # windows of chance, as those of the epoch were
+        windows = before[order[:len(order)//s.window*s.window]].view(-1,s.window)
+        self.rows.append(dict(epoch=self.epoch, share=share, predicted=inflation(windows, k, self.cb.smooth).item(),
+            realised=realised_inflation(now, w, share).item(), by_chance=1/share))
+
+rows = []
+for case,seed in progress_bar([(c,s) for c in CASES for s in range(args.seeds)], leave=False):
+    data,n,bs,lr,epochs,prefilter = CASES[case]
+    problem = PROBLEMS[data](args.n or n)
+    set_seed(seed)
+    learn,cb = problem.make(bs),ImportanceCB(prefilter=prefilter)
+    watch = Watch(cb)
+    cb.on_select = watch.select
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=[cb,watch])
+    rows += [dict(case=case, seed=seed, **o) for o in watch.rows]
+rows = pd.DataFrame(rows)
+mean = rows.groupby(['case','epoch'], sort=False).mean(numeric_only=True).drop(columns='seed').reset_index()
+
+args.out.mkdir(parents=True, exist_ok=True)
+rows.to_csv(args.out/'realised.csv', index=False)
+lines = [f"{args.seeds} seeds; {machine().rpartition(';')[0]}; fastai_is {fastai_is.__version__}", '',
+    '| case | epoch | share kept | variance, predicted | realised | by chance | by chance / realised |', '|'+'---|'*7]
+lines += [f"| {o.case} | {o.epoch+1} | {o.share:.2f} | {o.predicted:.2f} | {o.realised:.2f} | {o.by_chance:.2f} | {o.by_chance/o.realised:.2f} |" for o in mean.itertuples()]
+(args.out/'realised.md').write_text('\n'.join(['# Predicted and realised variance', '', 'Relative to training on the whole batches that were chosen from; means over seeds.', '',
+    *lines, '', f"    OMP_NUM_THREADS=1 python benchmarks/realised.py {shlex.join(sys.argv[1:])}"])+'\n', encoding='utf-8')
