@@ -39,7 +39,6 @@ class Watch(Callback):
     def before_train(self): self.chosen,self.made = [],None
     def select(self, learn, ids, weights, scores):
         "Called with what is loaded over the epoch, and with what is trained on of each batch where that is chosen once more"
-        s = self.cb.fit_state
         if not self.made: self.made = ids,weights,scores
         else: self.chosen.append((scores[ids],weights))
     def after_train(self):

@@ -78,7 +78,7 @@ def realised_inflation(
 )->Tensor: # A scalar, about 1 (nothing lost) or more, no unit; `1/share` for a choice by chance
     """The variance of the gradient estimate from a choice that was made, relative to training on all: what `inflation` predicts, by the scores of afterwards.
     Not unbiased, but consistent: for many samples it tends to the truth. NaN where all scores are zero"""
-    w,sq = weights.double(),scores.double().square()
+    w,sq = weights.cpu().double(),scores.cpu().double().square() # some devices have no 64 bits
     return (w.square()*sq).sum()/(share*(w*sq).sum())
 
 # %% ../nbs/04_variance.ipynb #9fde65e9
