@@ -77,7 +77,7 @@ def realised_inflation(
     share:float # Share of the samples that was chosen, above 0 to 1
 )->Tensor: # A scalar, about 1 (nothing lost) or more, no unit; `1/share` for a choice by chance
     """The variance of the gradient estimate from a choice that was made, relative to training on all: what `inflation` predicts, by the scores of afterwards.
-    Not unbiased, but consistent: for many samples it tends to the truth. NaN where all scores are zero"""
+    Not unbiased, but consistent: for many samples it tends to the truth. NaN where all scores are zero, or one is infinite"""
     w,sq = weights.cpu().double(),scores.cpu().double().square() # some devices have no 64 bits
     return (w.square()*sq).sum()/(share*(w*sq).sum())
 
