@@ -148,7 +148,9 @@ class ProxyScore(SelectionCB):
 
     def before_batch(self):
         s = self.fit_state
-        if s and not s.ready and count_rows(self): self._prepare(self.xb, self.yb)
+        if s and not s.ready:
+            count_rows(self) # says so where there are still no targets
+            self._prepare(self.xb, self.yb)
         super().before_batch()
 
     def scoring_pass(self):
