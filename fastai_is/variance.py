@@ -74,7 +74,7 @@ def keep_within(
 def realised_inflation(
     scores:Tensor, # Scores that the chosen samples turned out to have `[k]`; gradient norms, or what stands for them
     weights:Tensor, # Their unbiased weights `[k]`
-    share:float # Share of the samples that was chosen, above 0 to 1
+    share:float # Share of the samples that was chosen, above 0 to 1; with 1, it is told relative to as many by chance
 )->Tensor: # A scalar, about 1 (nothing lost) or more, no unit; `1/share` for a choice by chance
     """The variance of the gradient estimate from a choice that was made, relative to training on all: what `inflation` predicts, by the scores of afterwards.
     Not unbiased, but consistent: for many samples it tends to the truth. NaN where all scores are zero, or one is infinite"""

@@ -130,7 +130,7 @@ def test_csv_logger_and_train_metrics(tmp_path):
     learn = make_learner(path=tmp_path)
     log = CSVLogger()
     quiet_fit(learn, 2, [log, ImportanceCB(keep=.3, gate=None)])
-    assert pd.read_csv(tmp_path/log.fname).columns.tolist() == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'kept', 'tau', 'time']
+    assert pd.read_csv(tmp_path/log.fname).columns.tolist() == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'kept', 'tau', 'gain', 'time']
     learn = make_learner()
     learn.recorder.train_metrics = True
     quiet_fit(learn, 2, BatchLossFilter(.6, gate=None))

@@ -1,5 +1,6 @@
 "`ImportanceCB` with a pool, or holding variance or time: what is scored, drawn and weighted, when it begins, and that an epoch without it is plain."
 import itertools, warnings
+from contextlib import nullcontext
 
 import pytest, torch
 from helpers import *
@@ -235,6 +236,70 @@ def test_layer_and_on_select_are_passed_on():
         body.load_state_dict(state)
     assert len(a) == len(b) == 4
     torch.testing.assert_close(a, b)
+
+# What the choice was worth
+def table(learn, col): return [v[learn.recorder.metric_names.index(col)-1] for v in learn.recorder.values]
+
+@pytest.mark.parametrize('kw', (dict(keep=.4, gate=None), dict(prefilter=1, limit=1.5, floor=.05), dict(limit=1.5, floor=.05)))
+def test_gain_is_the_variance_by_chance_over_that_of_the_choice(kw):
+    "Against sums over single samples: by the scores of the training pass, or in two stages by the fresh ones that were chosen by, with the weights of the step"
+    epochs, stages = [], set()
+    class See(Callback):
+        order, run_valid = ImportanceCB.order+1, False
+        def before_train(self): epochs.append([])
+        def after_loss(self):
+            s = cb.fit_state
+            if s.w is None: return
+            stages.add(1 if s.scored is None else 2)
+            scores = score_funcs['upper_bound'](self.pred.detach(), *self.yb, loss_func=self.loss_func) if s.scored is None else s.scored.scores[s.idxs]
+            epochs[-1] += zip(scores.tolist(), s.w.tolist())
+    cb = ImportanceCB(bf16=False, **kw)
+    learn, _ = run([cb, See()], 8, lr=3e-2)
+    assert stages == ({1, 2} if kw.get('prefilter', 3) > 1 and 'keep' not in kw else {1})
+    want = [sum(w*s*s for s, w in e)/sum(w*w*s*s for s, w in e) if e else 1. for e in epochs]
+    torch.testing.assert_close(torch.tensor(table(learn, 'gain')), torch.tensor(want), rtol=1e-5, atol=0)
+    assert want[0] == 1 and max(want) > 1.1 and table(learn, 'kept')[-1] < .6
+
+def test_gain_by_chance_is_one():
+    learn, _ = run(ImportanceCB(keep=.4, gate=None, smooth=1.), 3)
+    assert table(learn, 'kept')[-1] < .5 and all(abs(g-1) < 1e-6 for g in table(learn, 'gain'))
+
+def told(capsys, cb, epochs=8, n=600, noise=0., logging=True, before=None, **kw):
+    "What a fit of two clouds, nearly all of which is soon learned, with a share of wrong labels, has to say besides its table"
+    set_seed(0)
+    x, y = torch.randn(n+100, 20), torch.randint(2, (n+100,))
+    x += 2.*y[:, None]
+    y = torch.where(torch.rand(len(y)) < noise, torch.randint(2, (len(y),)), y)
+    items = list(zip(x, y))
+    dls = DataLoaders(DataLoader(items[:n], bs=64, shuffle=True), DataLoader(items[n:], bs=64))
+    learn = Learner(dls, nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 2)), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    if before: before(learn, cb)
+    capsys.readouterr()
+    with learn.no_bar(), nullcontext() if logging else learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2, cbs=cb, **kw)
+    return [o for o in capsys.readouterr().out.splitlines() if o[:1] != '[']
+
+def test_it_tells_where_it_did_not_pay(capsys):
+    assert told(capsys, ImportanceCB()) == [], 'where it paid, nothing is said'
+    said = told(capsys, ImportanceCB(smooth=1., keep=.4, gate=None))
+    assert len(said) == 1 and said[0].startswith('ImportanceCB: its choice of samples was worth 1.00 times one by chance') and 'fewer epochs' in said[0]
+    said = told(capsys, ImportanceCB(limit=1.001), 4, noise=1.)
+    assert len(said) == 1 and said[0].startswith('ImportanceCB skipped nothing in these 4 epochs')
+
+@pytest.mark.parametrize('cb,epochs,kw', ((dict(), 1, {}), (dict(keep=1), 3, {}), (dict(seat='batch', keep=.5, gate=None), 3, {}), (dict(seat='loss'), 3, {}), (dict(), 3, dict(logging=False))))
+def test_it_says_nothing_where_there_is_nothing_to_tell(capsys, cb, epochs, kw):
+    assert told(capsys, ImportanceCB(**cb), epochs, noise=1., **kw) == []
+
+def test_a_search_for_a_learning_rate_is_told_nothing(capsys):
+    def search(learn, cb):
+        learn.add_cb(cb)
+        with learn.no_bar(): learn.lr_find(num_it=25, show_plot=False)
+        assert 'ImportanceCB' not in capsys.readouterr().out
+        learn.remove_cb(cb)
+    assert len(told(capsys, ImportanceCB(), 3, noise=1., before=search)) == 1
+
+@pytest.mark.parametrize('value', (0., float('nan')))
+def test_gain_of_scores_that_say_nothing(capsys, value):
+    with pytest.warns(UserWarning, match='selected uniformly'): assert told(capsys, ImportanceCB(score=lambda pred, y, loss_func: torch.full((len(y),), value), keep=.5, gate=None), 3) == []
 
 # Faults
 @pytest.mark.parametrize('ex', (None, CancelEpochException, CancelFitException, CancelBatchException, KeyboardInterrupt, RuntimeError))

@@ -8,13 +8,14 @@ __all__ = ['ImportanceCB']
 # %% ../../nbs/11_callback.importance.ipynb #7e7a160c
 from .core import *
 from ..selection import resample, systematic
-from ..variance import PassTimer, break_even, constant_time, constant_variance, inflation, keep_within, tau
+from ..variance import PassTimer, break_even, constant_time, constant_variance, inflation, keep_within, realised_inflation, tau
 
+from statistics import median
 from time import perf_counter
 
 import torch
-from fastcore.basics import noop
 from fastcore.meta import delegates
+from fastai.imports import noop # the one that `learn.no_logging` sets
 from fastai.torch_core import find_bs
 
 # %% ../../nbs/11_callback.importance.ipynb #7e5918e9
@@ -46,6 +47,7 @@ class ImportanceCB(SelectionCB):
     `train_loss` is the weighted, unbiased estimate of the mean loss, whatever `bias` is (in the loss seat: the mean loss).
     Raises a `ValueError` or `TypeError` for settings out of range. Source: Katharopoulos & Fleuret, 2018"""
     clock = perf_counter
+    pays_from = 1.25 # below this `gain`, little or no time was saved on the data that were measured
     @delegates(SelectionCB.__init__, but=['score','seat','seats'])
     def __init__(self,
         score='upper_bound', # Name of a score ('upper_bound', 'loss', 'last_layer', 'grad_norm'), or a function `score(pred, *yb, loss_func)`
@@ -72,7 +74,7 @@ class ImportanceCB(SelectionCB):
     @property
     def off(self): return self.keep==1
     @property
-    def columns(self): return ('kept',) if self.off else ('kept','tau')
+    def columns(self): return ('kept',) if self.off else ('kept','tau','gain') if self.seat=='epoch' else ('kept','tau') # elsewhere scores are fresh, and tau says what they gain
     @property
     def watches(self): return self.keep=='auto' or self.gate is not None
     @property
@@ -127,6 +129,7 @@ class ImportanceCB(SelectionCB):
     def start_fit(self):
         s = self.fit_state
         s.share,s.pool,s.tau,s.part = 1.,1.,(0.,0),None # a running mean of tau and its length; what is left of a pool
+        s.met,s.gains = [],[] # the scores and weights that the epoch's choice turned out to have; what the choice of each epoch gained
         s.open = self.gate is None
         waits = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize)
         self.timer = PassTimer(clock=self.clock, sync=waits.get(next(self.model.parameters()).device.type, noop)) if self.costs=='measured' else None
@@ -190,6 +193,39 @@ class ImportanceCB(SelectionCB):
         self._look()
         if s.seat=='epoch': return tau(seen).item() if len(seen := self.store.seen()) else None # none of a fit that broke down
         return s.tau[0]/(1-.9**s.tau[1]) if s.tau[1] else None
+
+    # What the choice was worth
+    def before_train(self):
+        super().before_train()
+        if self.fit_state: self.fit_state.met = []
+
+    def after_loss(self):
+        super().after_loss()
+        s = self.fit_state
+        if s and s.seat=='epoch' and s.w is not None: s.met.append((s.scores if s.scored is None else s.scored.scores[s.idxs],s.w))
+
+    def after_train(self):
+        super().after_train()
+        s = self.fit_state
+        if s and s.seat=='epoch' and not self.off: s.gains.append((1/realised_inflation(*(torch.cat(o) for o in zip(*s.met)), 1.)).item() if s.met else None)
+
+    def gain(self):
+        "How many times as many samples by chance would make this epoch's gradient as precise, by the scores that the chosen ones turned out to have; 1 where nothing was chosen"
+        s = self.fit_state
+        if s and s.seat=='epoch' and s.gains: return 1. if s.gains[-1] is None else s.gains[-1]
+
+    def after_fit(self):
+        s = self.fit_state
+        if s and not self.learn.lock.locked() and len(s.gains)>1 and self.learn.logger is not noop: self._tell([o for o in s.gains if o is not None])
+        super().after_fit()
+
+    def _tell(self, gains):
+        "Say so where it did not pay"
+        who = type(self).__name__
+        if not gains: print(f"{who} skipped nothing in these {len(self.fit_state.gains)} epochs: by their scores, all samples matter. Train without it, or for longer.")
+        elif median(gains)<self.pays_from:
+            print(f"{who}: its choice of samples was worth {median(gains):.2f} times one by chance (median `gain`). Below {self.pays_from} it saved little or no time where "
+                "that was measured (notebook 57): compare with plain training for fewer epochs.")
 
     # The clock, where it is asked for: plain steps at the beginning of a fit
     def _lap(self, name=None):
