@@ -199,6 +199,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastai_is/callback/core.py'),
                                          'fastai_is.callback.core.SelectionCB.score_of': ( 'callback.core.html#selectioncb.score_of',
                                                                                            'fastai_is/callback/core.py'),
+                                         'fastai_is.callback.core.SelectionCB.score_training_pass': ( 'callback.core.html#selectioncb.score_training_pass',
+                                                                                                      'fastai_is/callback/core.py'),
                                          'fastai_is.callback.core.SelectionCB.scored_model': ( 'callback.core.html#selectioncb.scored_model',
                                                                                                'fastai_is/callback/core.py'),
                                          'fastai_is.callback.core.SelectionCB.scoring_pass': ( 'callback.core.html#selectioncb.scoring_pass',

@@ -577,8 +577,7 @@ class SelectionCB(Callback):
             s.tried = True
             with plain_tensors(), torch.no_grad(): raw_loss(self.loss_func, self.pred, *self.yb)
         if s.scored is None and (s.seat=='epoch' or self.watches or s.seat=='loss'):
-            with plain_tensors(), nullcontext() if s.tap else torch.no_grad():
-                s.scores = apply_score(self.score, self.pred, self.yb, self.loss_func, **tap_context(s.names, s.tap, self.xb, self.model))
+            s.scores = self.score_training_pass()
             if s.seat=='epoch': s.fresh.append((s.rows,s.scores))
             elif s.seat=='loss' and self.is_on(len(s.scores)): sel = self._choose(s.scores)
             else: self._see(s.scores)
@@ -586,6 +585,11 @@ class SelectionCB(Callback):
             with plain_tensors(): self._reduce(raw_loss(self.loss_func, self.pred, *self.yb))
         elif sel is not None and len(sel.idxs)<len(s.scores): self._reduce_part(sel)
         elif s.seat=='epoch' and (self.normaliser[1]<32 or s.steps%8==0): self._note_scale() # a mean need not be of all, and this costs a plain step 2 %
+
+    def score_training_pass(self)->Tensor: # Scores `[bs]`
+        "The scores of the batch in the pass that it is trained on, after it"
+        s = self.fit_state
+        with plain_tensors(), nullcontext() if s.tap else torch.no_grad(): return apply_score(self.score, self.pred, self.yb, self.loss_func, **tap_context(s.names, s.tap, self.xb, self.model))
 
     def _reduce(self, raw):
         "The weighted mean over a batch that is a choice already, with the whole batch's normaliser"

@@ -74,7 +74,7 @@ class ImportanceCB(SelectionCB):
     @property
     def off(self): return self.keep==1
     @property
-    def columns(self): return ('kept',) if self.off else ('kept','tau','gain') if self.seat=='epoch' else ('kept','tau') # elsewhere scores are fresh, and tau says what they gain
+    def columns(self): return ('kept',) if self.off else ('kept','tau','gain') if self.seat=='epoch' else ('kept','tau') # elsewhere scores are fresh
     @property
     def watches(self): return self.keep=='auto' or self.gate is not None
     @property
@@ -129,7 +129,7 @@ class ImportanceCB(SelectionCB):
     def start_fit(self):
         s = self.fit_state
         s.share,s.pool,s.tau,s.part = 1.,1.,(0.,0),None # a running mean of tau and its length; what is left of a pool
-        s.met,s.gains = [],[] # the scores and weights that the epoch's choice turned out to have; what the choice of each epoch gained
+        s.met,s.gains,s.quiet = [],[],self.learn.logger is noop # scores and weights that the epoch's choice turned out to have; share kept and gain of each epoch
         s.open = self.gate is None
         waits = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize)
         self.timer = PassTimer(clock=self.clock, sync=waits.get(next(self.model.parameters()).device.type, noop)) if self.costs=='measured' else None
@@ -202,28 +202,30 @@ class ImportanceCB(SelectionCB):
     def after_loss(self):
         super().after_loss()
         s = self.fit_state
-        if s and s.seat=='epoch' and s.w is not None: s.met.append((s.scores if s.scored is None else s.scored.scores[s.idxs],s.w))
+        if s is None or s.seat!='epoch' or s.w is None: return
+        if s.scored is None: s.met.append((s.scores,s.w))
+        elif self.iter%4==0: s.met.append((self.score_training_pass(),s.w)) # not by the scores that were chosen by; one step in four tells enough
 
     def after_train(self):
         super().after_train()
         s = self.fit_state
-        if s and s.seat=='epoch' and not self.off: s.gains.append((1/realised_inflation(*(torch.cat(o) for o in zip(*s.met)), 1.)).item() if s.met else None)
+        if s and s.offered: s.gains.append((self.kept(),self.gain()))
 
     def gain(self):
-        "How many times as many samples by chance would make this epoch's gradient as precise, by the scores that the chosen ones turned out to have; 1 where nothing was chosen"
+        "How many times as many samples by chance would make the unbiased estimate of this epoch's gradient as precise, by the scores that the chosen ones turned out to have; 1 where nothing was chosen"
         s = self.fit_state
-        if s and s.seat=='epoch' and s.gains: return 1. if s.gains[-1] is None else s.gains[-1]
+        if s and s.seat=='epoch': return (1/realised_inflation(*(torch.cat(o) for o in zip(*s.met)), 1.)).item() if s.met else 1.
 
     def after_fit(self):
         s = self.fit_state
-        if s and not self.learn.lock.locked() and len(s.gains)>1 and self.learn.logger is not noop: self._tell([o for o in s.gains if o is not None])
+        if s and s.seat=='epoch' and len(s.gains)>1 and not (self.off or s.quiet or self.learn.lock.locked()): self._tell(s.gains)
         super().after_fit()
 
-    def _tell(self, gains):
+    def _tell(self, epochs):
         "Say so where it did not pay"
-        who = type(self).__name__
-        if not gains: print(f"{who} skipped nothing in these {len(self.fit_state.gains)} epochs: by their scores, all samples matter. Train without it, or for longer.")
-        elif median(gains)<self.pays_from:
+        who,gains = type(self).__name__,[gain for kept,gain in epochs if kept<1 and gain==gain] # NaN is not equal to itself
+        if all(kept==1 for kept,_ in epochs): print(f"{who} skipped nothing in these {len(epochs)} epochs, so it saved no time. Train without it, or for longer.")
+        elif gains and median(gains)<self.pays_from:
             print(f"{who}: its choice of samples was worth {median(gains):.2f} times one by chance (median `gain`). Below {self.pays_from} it saved little or no time where "
                 "that was measured (notebook 57): compare with plain training for fewer epochs.")
 
