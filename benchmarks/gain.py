@@ -51,7 +51,7 @@ for (data,n,bs,lr,epochs),seed in progress_bar([(o,s) for o in todo for s in ran
 tbl = pd.DataFrame(rows)
 speed = pd.concat([summarise(runs(o)).query("method=='importance'").assign(data=o, n=runs(o).n.iloc[0]) for o in tbl.data.unique()])
 told = [f'{unit}_{o}' for unit in ('seconds','cost') for o in ('bound','speed_up','low','high')]
-tbl = tbl.merge(speed[['data','n','epochs',*told]], on=['data','n','epochs'], how='left', validate='many_to_one') # none for a quick look
+tbl = tbl.merge(speed[['data','n','epochs',*told]], on=['data','n','epochs'], how='left', validate='many_to_one').sort_values(['data','n','epochs','seed']) # none for a quick look
 tbl.to_csv(path, index=False)
 
 lines = [f"Gains: {machine().rpartition(';')[0]}; fastai_is {fastai_is.__version__}", '',
