@@ -108,12 +108,12 @@ def full_gradient(model, x, y, lf):
     return torch.cat([g.flatten() for g in gs])
 
 @pytest.mark.parametrize('loss', (CrossEntropyLossFlat(), CrossEntropyLossFlat(weight=torch.tensor([1., 2, 8, 1, 4])), CrossEntropyLossFlat(reduction='sum')))
-@pytest.mark.parametrize('seat', ('batch', 'loss', 'epoch', 'joined', 'part', 'refined'))
+@pytest.mark.parametrize('seat', ('batch', 'loss', 'epoch', 'joined', 'fixed', 'part', 'refined'))
 def test_bias_1_is_unbiased_through_the_callback(seat, loss):
     "The mean step over many choices, in one or two stages, from one and the same window, or two that are joined, or one and a part of the next, is the plain step; with bias=0 it is not"
     train, valid = make_data(32)
     x, y = torch.stack([a for a, _ in train]), torch.stack([b for _, b in train])
-    bs = 16 if seat in ('joined', 'refined') else 24 if seat == 'part' else 32
+    bs = 16 if seat in ('joined', 'fixed', 'refined') else 24 if seat == 'part' else 32
     def steps(bias, n=1500):
         dls = DataLoaders(DataLoader(train, bs=bs), DataLoader(valid, bs=32))
         learn, grads = make_learner(dls, model=nn.Linear(20, 5), loss=deepcopy(loss)), []
@@ -121,10 +121,11 @@ def test_bias_1_is_unbiased_through_the_callback(seat, loss):
             run_valid = False
             def before_step(self): grads.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]))
         if seat == 'joined': cb = ImportanceCB(limit=100., floor=.3, bias=bias, smooth=.1, least=10, prefilter=1)
+        elif seat == 'fixed': cb = ImportanceCB(keep=.3, gate=None, bias=bias, smooth=.1, least=10)
         elif seat == 'part': cb = ImportanceCB(limit=100., floor=3/8, bias=bias, smooth=.1, least=12, prefilter=1)
         elif seat == 'refined': cb = ImportanceCB(limit=100., floor=.2, bias=bias, smooth=.1, least=6, prefilter=3)
         else: cb = ImportanceCB(keep=.3, gate=None, seat=seat, bias=bias, smooth=.1)
-        if seat in ('epoch', 'joined', 'part', 'refined'): # a fit whose first epoch is whole, so that the normaliser is that of the whole window
+        if seat in ('epoch', 'joined', 'fixed', 'part', 'refined'): # a fit whose first epoch is whole, so that the normaliser is that of the whole window
             cb.plan, plan = (lambda ids, bs: None if not len(cb.store) else plan(ids, bs)), cb.plan
         if seat == 'part': # batches of 24 and 8 would count alike in it
             w = getattr(loss.func, 'weight', None)
@@ -207,12 +208,14 @@ def test_auto_keeps_all_at_first_and_less_later():
 
 @pytest.mark.parametrize('bs,floor,least,drop_last,k,window', ((64, .05, 1, False, 3, 64), (64, .05, 32, False, 33, 704), (64, .05, 32, True, 33, 704), (64, .05, 10**6, False, 64, 1365),
     (64, .05, 10**6, True, 64, 1365), (32, .6, 32, False, 32, 54), (32, .6, 32, True, 32, 54), (16, .4, 32, True, 16, 43), (64, .6, 32, False, 38, 64)))
-def test_what_is_kept_of_several_batches_makes_a_step(bs, floor, least, drop_last, k, window):
+@pytest.mark.parametrize('fixed', (False, True))
+def test_what_is_kept_of_several_batches_makes_a_step(bs, floor, least, drop_last, k, window, fixed):
     "Steps have `least` samples or as many as a batch, all but the last one; none comes twice, weights add up, and every sample is in reach of the plan"
     plans = []
-    learn, w = run_epochs(ImportanceCB(least=least, limit=50., floor=floor, prefilter=1, on_select=lambda l, i, w, s: plans.append((i, w))), 4, n=2000, bs=bs, drop_last=drop_last)
+    share = dict(keep=floor, gate=None) if fixed else dict(limit=50., floor=floor, prefilter=1)
+    learn, w = run_epochs(ImportanceCB(least=least, on_select=lambda l, i, w, s: plans.append((i, w)), **share), 4, n=2000, bs=bs, drop_last=drop_last)
     n = len(learn.dls.train_ds)//bs*bs if drop_last else len(learn.dls.train_ds)
-    for (ids, weights), batches in zip(plans, w.ids[1:], strict=True): # the first epoch is whole
+    for (ids, weights), batches in zip(plans, w.ids if fixed else w.ids[1:], strict=True): # what is to be found out of scores begins with a whole epoch
         sizes = [len(b) for b in batches]
         assert set(sizes[:-1]) == {k} and sizes[-1] <= k and len(sizes) in ({n//window, -(-n//window)} if drop_last else {-(-n//window)})
         assert sum(batches, []) == ids.tolist() and len(ids.unique()) == len(ids)

@@ -14,6 +14,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
+from fastcore.basics import ifnone
 from fastcore.meta import delegates
 from fastai.imports import noop # the one that `learn.no_logging` sets
 from fastai.torch_core import find_bs
@@ -30,7 +31,7 @@ def _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, prefilt
     check_setting(named(gate, 'auto') or is_number(gate) and gate>0, 'gate', gate, "'auto', None, or a threshold of tau above 0")
     check_setting(is_number(limit) and limit>1, 'limit', limit, 'a number above 1, such as 1.1')
     check_setting(is_number(floor) and 0<floor<=1, 'floor', floor, 'a share above 0 and up to 1')
-    check_setting(is_whole(least, 1), 'least', least, 'a whole number of samples, 1 or more, such as 32')
+    check_setting(least is None or is_whole(least, 1), 'least', least, 'None, or a whole number of samples, 1 or more, such as 32')
     check_setting(is_whole(prefilter, 1), 'prefilter', prefilter, 'a whole number, 1 (no fresh scores) or more, such as 3')
     check_setting(costs is not None and named(costs, 'measured') or isinstance(costs, (tuple,list)) and len(costs)==2 and all(is_number(c) and c>0 for c in costs),
         'costs', costs, "two numbers above 0, forward and backward, or 'measured'")
@@ -58,7 +59,7 @@ class ImportanceCB(SelectionCB):
         seat:str='epoch', # Where to select: 'epoch', 'batch' or 'loss'
         limit:float=1.1, # Largest variance, relative to training on everything, that 'auto' accepts, as remembered scores predict it; it comes to more
         floor:float=.1, # Smallest share that `keep='auto'` may come to
-        least:int=32, # Samples of a step at least, over the epoch, but no more than a batch has: what `keep='auto'` keeps of several batches, or parts of them, is put together
+        least:int|None=None, # Samples of a step at least, over the epoch, but no more than a batch has: what is kept of several batches, or parts of them, is put together; None: 32 with keep='auto', with a fixed share 1
         prefilter:int=3, # Over the epoch: for each sample that `keep='auto'` trains on, this many are loaded and scored anew, up to as many batches; 1: none is
         costs:tuple|str=(1.,2.), # Costs of a forward and a backward pass, for the gate in the batch seat; 'measured': by the clock, so that runs differ
         pool:int=1, # Batches that are scored for each one that is trained on, in the batch seat
@@ -67,8 +68,8 @@ class ImportanceCB(SelectionCB):
     ):
         _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, prefilter, costs, pool, hold)
         super().__init__(score=score, seat=seat, **kwargs)
-        self.keep,self.bias,self.smooth,self.gate,self.limit,self.floor,self.least = keep,bias,smooth,gate,limit,floor,least
-        self.prefilter,self.costs,self.pool,self.hold = prefilter,costs,pool,hold
+        self.keep,self.bias,self.smooth,self.gate,self.limit,self.floor = keep,bias,smooth,gate,limit,floor
+        self.least,self.prefilter,self.costs,self.pool,self.hold = ifnone(least, 32 if keep=='auto' else 1),prefilter,costs,pool,hold
         self.timer = None
 
     @property
@@ -104,12 +105,11 @@ class ImportanceCB(SelectionCB):
         sample = windows(m)[::max(1,len(ids)//m//256)] # a few hundred windows are enough to decide on
         k = self.number(self.store.get(sample) if len(self.store) else None, m)
         if k==m: return
-        load = k
-        if self.keep=='auto': # a step of a handful of samples costs nearly as much as one of 32, and tells BatchNorm less
-            joined,least = max(1, min(-(-self.least//k), m//k, len(ids)//m)),min(self.least, m)
-            if joined*k>=least or round(m*least/k)>len(ids): m,k = joined*m,joined*k
-            else: m,k = round(m*least/k),least # with a part of the next batch
-            load = self.prefilter*k if self.prefilter*k<m and s.can_refine else k
+        # a step of a handful of samples costs nearly as much as one of 32, and tells BatchNorm less
+        joined,least = max(1, min(-(-self.least//k), m//k, len(ids)//m)),min(self.least, m)
+        if joined*k>=least or round(m*least/k)>len(ids): m,k = joined*m,joined*k
+        else: m,k = round(m*least/k),least # with a part of the next batch
+        load = self.prefilter*k if self.keep=='auto' and self.prefilter*k<m and s.can_refine else k
         s.share,at,scores = k/load,len(ids)//m*m,self.store.get(ids)
         short = load if self.dl.drop_last else 1+(len(ids)%bs!=1)
         if 0<len(ids)-at<short: at -= m # what is left over cannot fill a batch, or is one sample, for BatchNorm too few, where plain training leaves more: it belongs to the last window
