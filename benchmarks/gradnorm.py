@@ -68,4 +68,4 @@ text = '\n'.join(['# Cost of exact gradient norms', '', f'{args.bs} MNIST digits
     f'| grad_norms / plain forward and backward | {ratio(ours, plain):.2f} | at most 1.7 |',
     f'| loop / grad_norms | {ratio(loop, ours):.0f} | at least 50 |', f'| vmap / grad_norms | {ratio(func, ours):.2f} | at least 1 |', ''])
 print(text)
-if args.out: (args.out/'gradnorm.md').write_text(text)
+if args.out: (args.out/'gradnorm.md').write_text(text, encoding='utf-8')

@@ -20,7 +20,7 @@ ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDe
 ap.add_argument('--data', default='cifar10', choices=list(PROBLEMS), help='which committed benchmark')
 ap.add_argument('--methods', default='blf,sb,kath18_5,infobatch', help='names of METHODS')
 ap.add_argument('--budgets', default='12,24,48', help='epochs, each a training of its own')
-ap.add_argument('--seeds', type=int, default=4, help='how many')
+ap.add_argument('--seeds', type=int, default=5, help='how many')
 ap.add_argument('--out', type=Path, required=True, help='folder')
 args = ap.parse_args()
 torch.set_num_threads(1)

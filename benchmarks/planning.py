@@ -99,7 +99,7 @@ def main(args):
         print(lines[-1], flush=True)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out/'planning.md').write_text('```\n'+'\n'.join(lines)+'\n```\n')
+        (args.out/'planning.md').write_text('```\n'+'\n'.join(lines)+'\n```\n', encoding='utf-8')
 
 if __name__=='__main__':
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

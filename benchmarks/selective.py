@@ -102,4 +102,4 @@ for widths in ((24,48,96,128), (12,24,36,48)):
 
 if args.out:
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out/'selective.md').write_text('```\n'+'\n'.join(lines)+'\n```\n')
+    (args.out/'selective.md').write_text('```\n'+'\n'.join(lines)+'\n```\n', encoding='utf-8')

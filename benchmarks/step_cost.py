@@ -113,4 +113,4 @@ for widths in ((32,64,96,128), big, (12,24,36,48), (4,8,8,8)):
 
 if args.out:
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out/'step_cost.md').write_text('```\n'+'\n'.join(lines)+'\n```\n')
+    (args.out/'step_cost.md').write_text('```\n'+'\n'.join(lines)+'\n```\n', encoding='utf-8')
