@@ -164,12 +164,12 @@ def k_centre(
     order = torch.randperm(n, generator=generator, device=dev)
     x = features.flatten(1)[order].float()
     x = torch.where(x.isfinite().all(), x, 0.)
-    dist,idxs = torch.full((n,), torch.inf, device=dev),torch.zeros(int(k), dtype=torch.long, device=dev)
-    for i in range(int(k)):
-        if i: idxs[i] = dist.argmax()
-        dist = torch.minimum(dist, (x-x[idxs[i]]).square().sum(1))
-        dist[idxs[i]] = -1 # never again, even where all distances are 0
-    return Selection(order[idxs], torch.ones(int(k), device=dev))
+    dist,new,idxs = torch.full((n,), torch.inf, device=dev),torch.zeros(1, dtype=torch.long, device=dev),[]
+    for _ in range(int(k)):
+        idxs.append(new)
+        dist = torch.minimum(dist, (x-x[new]).square().sum(1)).index_fill(0, new, -1) # never again, even where all distances are 0
+        new = dist.argmax(0, keepdim=True) # a tensor `[1]`: as an index, one without dimensions would be read on the host
+    return Selection(order[torch.cat(idxs)], torch.ones(int(k), device=dev))
 
 # %% ../nbs/03_selection.ipynb #e1b359e4
 def flatten_weights(
