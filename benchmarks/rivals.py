@@ -16,10 +16,10 @@ depends on the process, and a step of 43 hardly ever: the epoch seat would gain 
 2. An epoch of `ImportanceCB` in the epoch seat at a third, beside an epoch of tsai's and of Composer's, from tensors as they come, with
    augmentation on top, and from JPEG that is decoded image by image; and beside an epoch of datacull's RCAP, in a plain PyTorch loop with its own
    loader. tsai's and Composer's are to take at least twice as long as ours. Ours has two forms: as many steps as theirs, of 43 samples each, or
-   whole batches of 128 (`least=128`), a third as many, as RCAP makes them: 7 of 21, 896 samples to their 903. With as many steps, from tensors as they come, twice is out of reach
-   where a forward pass is less than a third of a step: they do it on everything and then train on a third, we do the latter. The ideal's row
-   shows what any form of theirs would take, and a fit on a random third, which plain fastai is handed as if it were all, what any form of ours
-   with as many steps would.
+   whole batches of 128 (`least=128`), a third as many, as RCAP makes them: 7 of 21, 896 samples to their 903. With as many steps, from tensors
+   as they come, twice is out of reach where a forward pass is less than a third of a step: they do it on everything and then train on a third,
+   we do the latter. The ideal's row shows what any form of theirs would take, and a fit on a random third, which plain fastai is handed as if it
+   were all, what any form of ours with as many steps would.
 3. The norm of each sample's gradient: `grad_norms` beside Opacus's ghost norms, once by `backward()` as its README has it, and once, kinder than
    any documented use, without computing the gradients of the parameters. Ours is to be no slower than either.
 
