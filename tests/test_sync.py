@@ -9,7 +9,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastai_is
-import fastai_is.gradnorm # knows the score of that name
 from fastai_is.callback.coreset import CoresetSelection
 from fastai_is.callback.epoch import LossResampler, SoftPrune
 from fastai_is.callback.importance import ImportanceCB

@@ -26,6 +26,7 @@ from fastai.callback.rnn import RNNCallback
 from fastai.data.load import DataLoader
 from fastai.learner import ValueMetric
 from fastai.torch_core import find_bs, get_model, no_random, retain_meta
+from .. import gradnorm # adds the score of exact norms
 from ..losses import check_loss, loss_scale, raw_loss, user_loss
 from ..scores import Scored, apply_score, fast_bf16, from_logits, get_score, make_tap, plain_tensors, score_batch, score_context, tap_context
 from ..selection import Selection, flatten_weights, usable
