@@ -27,7 +27,7 @@ SMALL = dict(
     ideas=("--n 300 --epochs 4 --seeds 1", "ideas_mnist_300.md", 42),
     planning=("--kinds RandomSubset --epochs 2", "planning.md", 1),
     realised=("--n 500 --seeds 1 --cases 1", "realised.md", 3),
-    rivals=("--rounds 1 --steps 4 --widths 2 4 --processor-time", "rivals.md", 85),
+    rivals=("--rounds 1 --steps 4 --widths 2 4 --processor-time", "rivals.md", 100),
     selective=("--rounds 1 --steps 4", "selective.md", 6),
     step_cost=("--rounds 1 --steps 4", "step_cost.md", 11))
 

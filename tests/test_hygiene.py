@@ -46,8 +46,8 @@ def test_readme_is_the_index():
     spec.loader.exec_module(mod)
     assert (ROOT/"README.md").read_text(encoding="utf-8") == mod.readme(), "run python .ci/readme.py"
 
-@pytest.mark.parametrize("name", ("README.md", "benchmarks/README.md"))
-def test_measured_figures_stand_in_the_results(name):
+@pytest.mark.parametrize("name,least", (("README.md", 65), ("benchmarks/README.md", 18)))
+def test_measured_figures_stand_in_the_results(name, least):
     "Those with a spread or an interval, section by section, in the files that the section leads to"
     page = ROOT/name
     text, figures = page.read_text(encoding="utf-8"), 0
@@ -56,7 +56,7 @@ def test_measured_figures_stand_in_the_results(name):
         there, found = results(section) or results(text), re.findall(r"[<>]?\d+\.\d+ ± \d+\.\d+|(?:[<>]?\d+\.\d+ )?\(\d+\.\d+ to (?:\d+\.\d+|∞)\)", section)
         missing, figures = [o for o in found if o not in there], figures+len(found)
         assert not missing, (section.splitlines()[0], missing)
-    assert figures > 15
+    assert figures >= least
 
 @pytest.mark.parametrize("name", ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "nbs/index.ipynb"))
 def test_links_lead_somewhere(name):
