@@ -57,6 +57,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastai_is.bench._report': ('bench.html#_report', 'fastai_is/bench.py'),
                                  'fastai_is.bench._run': ('bench.html#_run', 'fastai_is/bench.py'),
                                  'fastai_is.bench._share': ('bench.html#_share', 'fastai_is/bench.py'),
+                                 'fastai_is.bench._text': ('bench.html#_text', 'fastai_is/bench.py'),
                                  'fastai_is.bench._validate': ('bench.html#_validate', 'fastai_is/bench.py'),
                                  'fastai_is.bench.bench': ('bench.html#bench', 'fastai_is/bench.py'),
                                  'fastai_is.bench.cifar10_problem': ('bench.html#cifar10_problem', 'fastai_is/bench.py'),

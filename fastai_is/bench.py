@@ -18,7 +18,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from scipy import stats
-from torch import nn
+from torch import nn, Tensor
 from fastai.callback.core import Callback, CancelValidException
 import fastai.callback.schedule
 from fastai.callback.progress import ShowGraphCallback
@@ -109,18 +109,35 @@ METHODS = dict(plain=None, random=RandomSubset, importance=ImportanceCB, blf=Bat
 # %% ../nbs/26_bench.ipynb #e499a218
 _shown = str,int,float,tuple,list
 
+def _text(o, seen=()):
+    "What `o` is and holds, in the same words in each process: a `repr` may have addresses in it, and sets in any order"
+    if o is None or isinstance(o, (str,bytes,int,float)): return repr(o)
+    if inspect.isclass(o) or inspect.isbuiltin(o): return o.__qualname__
+    if any(o is v for v in seen): return type(o).__name__ # it holds itself
+    text = partial(_text, seen=(*seen,o))
+    if isinstance(o, tuple): return f"({', '.join(map(text, o))}{','*(len(o)==1)})"
+    if isinstance(o, list): return f"[{', '.join(map(text, o))}]"
+    if isinstance(o, (set,frozenset)): return f"{{{', '.join(sorted(map(text, o)))}}}"
+    if isinstance(o, dict): return f"{{{', '.join(f'{text(k)}: {text(v)}' for k,v in o.items())}}}"
+    if inspect.iscode(o): return text((o.co_code,o.co_names,o.co_consts))
+    if isinstance(o, partial): return 'partial'+text((o.func,o.args,o.keywords))
+    if inspect.ismethod(o): return f'{text(o.__self__)}.{o.__name__}'
+    if inspect.isfunction(o): return o.__name__+text((o.__code__,o.__defaults__,o.__kwdefaults__,[c.cell_contents for c in o.__closure__ or ()]))
+    said = ' '.join(repr(o).split())
+    if (isinstance(o, (Tensor,nn.Module)) or not hasattr(o, '__dict__')) and ' at 0x' not in said: return said
+    return type(o).__name__+(text(vars(o)) if hasattr(o, '__dict__') and len(seen)<8 else '')
+
 def describe(
     cb:Callback|None # A method's callback; None for plain training
 )->str: # Such as 'RandomSubset(keep=0.5, score=loss_score)'; '' for None
     "A callback's class and settings in one line"
     if cb is None: return ''
     def show(v):
-        if v is None or isinstance(v, _shown): return repr(v)
+        if v is None or isinstance(v, _shown): return _text(v)
         if isinstance(v, partial): return f"partial({', '.join([show(v.func),*map(show, v.args),*(f'{k}={show(o)}' for k,o in v.keywords.items())])})"
-        name = getattr(v, '__name__', type(v).__name__) # their `repr` may hold an address, which differs from run to run
-        if name!='<lambda>': return name
-        code = v.__code__
-        return f'<lambda {zlib.crc32(repr((code.co_code,code.co_consts,code.co_names)).encode()):08x}>'
+        name = getattr(v, '__name__', type(v).__name__)
+        if inspect.isclass(v) or inspect.isbuiltin(v) or inspect.isfunction(v) and name!='<lambda>' and not (v.__closure__ or v.__defaults__): return name
+        return f"<{name.strip('<>')} {zlib.crc32(_text(v).encode()):08x}>"
     params = [p for p in inspect.signature(type(cb).__init__).parameters.values() if p.name!='self' and p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD)]
     names = [p.name for p in params if p.name in vars(cb)]
     if len(names)<len(params): names += [k for k,v in vars(cb).items() if k not in names and k[0]!='_' and isinstance(v, _shown)] # it keeps settings by other names

@@ -181,7 +181,7 @@ class LayerTap:
         self._handle = None
     def _note(self, layer, inp, out):
         self.hidden = inp[0].detach()
-        if not torch.is_grad_enabled(): # no graph yet: begin it here; the enclosing `no_grad` undoes this when it ends
+        if not out.requires_grad: # no graph yet, in a scoring pass or where nothing below is trained: begin it here; an enclosing `no_grad` undoes this when it ends
             torch.set_grad_enabled(True)
             out = out.detach().requires_grad_()
         self.preact = out

@@ -1,5 +1,5 @@
 "The benchmark: its statistics against slow twins, what it measures, and that it goes on where it was interrupted."
-import itertools, math, sys, time
+import itertools, math, os, subprocess, sys, time
 from statistics import NormalDist
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
@@ -213,6 +213,34 @@ def test_description_of_callbacks_that_are_not_ours():
     assert scored(f) == scored(g) and 'lambda' in scored(f)
     def power(pred, y, loss_func, p): return pred.sum(1)**p
     assert 'score=partial(power, p=2)' in scored(partial(power, p=2)) != scored(partial(power, p=3))
+    def closed(p): return lambda pred, y, loss_func: pred.sum(1)**p
+    assert scored(closed(2)) == scored(closed(2)) != scored(closed(3)), 'a function is also what it has taken along'
+    def taken(p): return lambda pred, y, loss_func: partial(power, p=p)(pred, y, loss_func)
+    assert scored(taken(2)) == scored(taken(2)) != scored(taken(3))
+    assert scored((lambda f: lambda pred, y, loss_func: f(pred))(partial(power, p=2))) != scored((lambda f: lambda pred, y, loss_func: f(pred))(partial(power, p=3)))
+    assert bench._text([object()]) == '[object]'
+    def nested(): return lambda pred, y, loss_func: torch.stack([o.sum() for o in pred])
+    assert scored(nested()) == scored(nested()) and '0x' not in bench._text(nested())
+
+def test_description_of_schedules_and_layers():
+    def filters(f): return describe(BatchLossFilter(schedule_func=f))
+    schedules = SchedNo(0, 0), SchedNo(1, 1), SchedLin(0, 1), SchedCos(0, 1), combine_scheds([.5, .5], [SchedLin(0, 1), SchedNo(1, 1)]), combine_scheds([.4, .6], [SchedLin(0, 1), SchedNo(1, 1)])
+    assert len(set(map(filters, schedules))) == len(schedules)
+    assert filters(SchedLin(0, 1)) == filters(SchedLin(0, 1))
+    def layered(m): return describe(ImportanceCB(layer=m))
+    assert layered(nn.Linear(2, 3)) == layered(nn.Linear(2, 3)) != layered(nn.Linear(3, 3))
+    knot = []
+    knot.append(knot)
+    assert bench._text(knot) == '[list]'
+
+def test_the_same_description_in_each_process():
+    "Addresses and the order of sets differ from one to the next"
+    code = '''if True:
+        from fastai.callback.schedule import SchedCos
+        from fastai_is.bench import describe, BatchLossFilter
+        print(describe(BatchLossFilter(schedule_func=SchedCos(0, 1), score=lambda pred, y, loss_func: [(lambda: o)() in {'a', 'b', 'c', 'd'} for o in pred])))'''
+    said = {subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONHASHSEED=str(i)), capture_output=True, text=True, check=True).stdout for i in (1, 2)}
+    assert len(said) == 1 and 'lambda' in said.pop()
 
 # All of it
 def test_what_is_run_and_in_which_order(tmp_path, monkeypatch):

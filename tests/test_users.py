@@ -117,6 +117,20 @@ def test_targets_that_come_too_late():
     early.order = -10
     for cb in (ImportanceCB(), ProxyScore()): assert len(quiet_fit(learner(), 2, [cb, early]).recorder.values) == 2
 
+@pytest.mark.parametrize('seat', ('epoch', 'batch', 'loss'))
+@pytest.mark.parametrize('score', ('upper_bound', 'last_layer'))
+def test_a_layer_in_the_frozen_part(score, seat):
+    "As in the first phase of `fine_tune`: what is trained is trained as without us, and scores are as if nothing were frozen"
+    def fit(frozen, ours, lr):
+        learn = make_learner()
+        for p in learn.model[0].parameters(): p.requires_grad_(not frozen)
+        cb = ImportanceCB(score, layer=learn.model[0], seat=seat, limit=1.0001) if ours else None
+        quiet_fit(learn, 1, cb, lr=lr)
+        if frozen: assert all(p.grad is None for p in learn.model[0].parameters())
+        return weights(learn), ours and (cb.store.seen() if seat == 'epoch' else cb.recent)
+    assert same(fit(True, False, 1e-2)[0], fit(True, True, 1e-2)[0])
+    torch.testing.assert_close(fit(True, True, 0.)[1], fit(False, True, 0.)[1])
+
 @pytest.mark.parametrize('cb', (ImportanceCB, BatchLossFilter, CoresetSelection, ProxyScore))
 def test_a_layer_of_another_model_is_refused(cb):
     learn = make_learner()
