@@ -34,8 +34,8 @@ def forecast(before, after, weights, bins=32):
 class Idea(ImportanceCB):
     "`ImportanceCB` with what is being tried. In one stage, unless it is said to be two"
     def __init__(self, first=1., by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, lr_power=0., lr_times=1., refresh=False,
-            forecasts=False, fresh=False, even=False, scored=False, prefilter=1, **kwargs):
-        super().__init__(prefilter=prefilter, bf16=False, **kwargs) # scores in 32 bits, as when the first ideas were measured
+            forecasts=False, fresh=False, even=False, scored=False, half=True, prefilter=1, bf16=False, **kwargs):
+        super().__init__(prefilter=prefilter, bf16=bf16, **kwargs) # scores in 32 bits, as when the first ideas were measured
         self.first = first           # share of each batch in the first epoch of several, by chance
         self.by_ratio = by_ratio     # bias=min(1, by_ratio/variance_ratio)
         self.tightens = tightens     # the limit at the beginning; it falls to `limit` at the end
@@ -50,6 +50,7 @@ class Idea(ImportanceCB):
         self.fresh = fresh           # in the first epoch of several, choose within each batch by a fresh score, where that pays
         self.even = even             # each sample as often as its probabilities add up to, epoch after epoch, instead of by chance in each
         self.scored = scored         # load everything after the first epoch, and choose from it by a fresh score, where that pays
+        self.half = half             # weights also where fresh scores had the last word
         self.last,self.tight,self.share,self.sums = None,self.limit,1.,None
 
     def number(self, windows, n):
@@ -115,6 +116,12 @@ class Idea(ImportanceCB):
             s.refine = s.share<.6 # scoring a batch costs a third of training on it
         super().before_batch()
 
+    def _reduce(self, raw):
+        bias = self.bias
+        if self.fit_state.scored is not None and not self.half: self.bias = 0.
+        super()._reduce(raw)
+        self.bias = bias
+
     def before_step(self):
         times = self.lr_times*(self.share**self.lr_power if self.fit_state.w is not None else 1)
         if times!=1: self.opt.set_hyper('lr', float(self.opt.hypers[-1]['lr']*times))
@@ -172,6 +179,11 @@ IDEAS = {
     'two stages, evenly over the epochs': dict(prefilter=3, even=True),
     'fresh scores of everything': dict(scored=True),
     'fresh scores of everything, limit 1.3': dict(scored=True, limit=1.3),
+    'the default, scored in bfloat16': dict(prefilter=3, bf16=None),
+    'floor 0.05': dict(prefilter=3, bf16=None, floor=.05),
+    'floor 0.05, no weights': dict(prefilter=3, bf16=None, floor=.05, bias=0.),
+    'floor 0.05, no weights where fresh scores chose': dict(prefilter=3, bf16=None, floor=.05, half=False),
+    'floor 0.05, a fresh choice in the first epoch': dict(prefilter=3, bf16=None, floor=.05, fresh=True),
 }
 SETTINGS = dict(mnist=(128,6.4e-2), fashion_mnist=(128,6.4e-2), cifar10=(32,2e-2))
 
@@ -179,7 +191,8 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', default='mnist', help='mnist, fashion_mnist or cifar10')
     p.add_argument('--n', type=int, default=None, help='training samples; all by default')
-    p.add_argument('--epochs', type=int, default=8, help='epochs of each idea; plain training has 1/4, 1/2, 3/4 and all of them')
+    p.add_argument('--epochs', type=int, default=8, help='epochs of each idea')
+    p.add_argument('--plain', default='', help='epochs of plain training, such as 2,4,8; by default 1/4, 1/2, 3/4 and all of --epochs')
     p.add_argument('--seeds', type=int, default=2, help='how many')
     p.add_argument('--only', default='', help='numbers of the ideas, such as 0,5; all by default')
     p.add_argument('--out', default='benchmarks/results', help='folder')
@@ -189,7 +202,8 @@ if __name__=='__main__':
     Path(args.out).mkdir(parents=True, exist_ok=True)
     problem,out = PROBLEMS[args.data](args.n),Path(args.out)/f"ideas_{args.data}{f'_{args.n}' if args.n else ''}.csv"
     chosen = [list(IDEAS)[int(o)] for o in args.only.split(',')] if args.only else list(IDEAS)
-    turns = [('plain',round(args.epochs*o)) for o in (1/4,1/2,3/4,1)]+[(o,args.epochs) for o in chosen]
+    plain = [int(o) for o in args.plain.split(',')] if args.plain else [round(args.epochs*o) for o in (1/4,1/2,3/4,1)]
+    turns = [('plain',o) for o in plain]+[(o,args.epochs) for o in chosen]
     done = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=['method','epochs','seed'])
     n = len(problem.make(bs).dls.train_ds)
     fit_once(problem.make(bs), 1, lr, None, time.process_time) # the first steps of a process are slow
