@@ -184,6 +184,7 @@ IDEAS = {
     'floor 0.05, no weights': dict(prefilter=3, bf16=None, floor=.05, bias=0.),
     'floor 0.05, no weights where fresh scores chose': dict(prefilter=3, bf16=None, floor=.05, half=False),
     'floor 0.05, a fresh choice in the first epoch': dict(prefilter=3, bf16=None, floor=.05, fresh=True),
+    'floor 0.05, early': dict(prefilter=3, bf16=None, floor=.05, early=True), # the same, as `ImportanceCB` has it: with steps of at least 32
 }
 SETTINGS = dict(mnist=(128,6.4e-2), fashion_mnist=(128,6.4e-2), cifar10=(32,2e-2))
 
@@ -192,8 +193,9 @@ if __name__=='__main__':
     p.add_argument('--data', default='mnist', help='mnist, fashion_mnist or cifar10')
     p.add_argument('--n', type=int, default=None, help='training samples; all by default')
     p.add_argument('--epochs', type=int, default=8, help='epochs of each idea')
-    p.add_argument('--plain', default='', help='epochs of plain training, such as 2,4,8; by default 1/4, 1/2, 3/4 and all of --epochs')
+    p.add_argument('--plain', default='', help='epochs of plain training, such as 2,4,8, or none; by default 1/4, 1/2, 3/4 and all of --epochs')
     p.add_argument('--seeds', type=int, default=2, help='how many')
+    p.add_argument('--first', type=int, default=0, help='the first of them, such as 24 for seeds that no idea was chosen by')
     p.add_argument('--only', default='', help='numbers of the ideas, such as 0,5; all by default')
     p.add_argument('--out', default='benchmarks/results', help='folder')
     args = p.parse_args()
@@ -202,17 +204,18 @@ if __name__=='__main__':
     Path(args.out).mkdir(parents=True, exist_ok=True)
     problem,out = PROBLEMS[args.data](args.n),Path(args.out)/f"ideas_{args.data}{f'_{args.n}' if args.n else ''}.csv"
     chosen = [list(IDEAS)[int(o)] for o in args.only.split(',')] if args.only else list(IDEAS)
-    plain = [int(o) for o in args.plain.split(',')] if args.plain else [round(args.epochs*o) for o in (1/4,1/2,3/4,1)]
+    plain = [] if args.plain=='none' else [int(o) for o in args.plain.split(',')] if args.plain else [round(args.epochs*o) for o in (1/4,1/2,3/4,1)]
+    seeds = range(args.first, args.first+args.seeds)
     turns = [('plain',o) for o in plain]+[(o,args.epochs) for o in chosen]
     done = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=['method','epochs','seed'])
     n = len(problem.make(bs).dls.train_ds)
     fit_once(problem.make(bs), 1, lr, None, time.process_time) # the first steps of a process are slow
-    for seed,(name,epochs) in progress_bar([(s,t) for s in range(args.seeds) for t in turns], leave=False):
+    for seed,(name,epochs) in progress_bar([(s,t) for s in seeds for t in turns], leave=False):
         if ((done.method==name) & (done.epochs==epochs) & (done.seed==seed)).any(): continue
         set_seed(seed)
         row = dict(method=name, bs=bs, lr=lr, epochs=epochs, seed=seed,
             **fit_once(problem.make(bs), epochs, lr, None if name=='plain' else Idea(**IDEAS[name]), time.process_time))
         done = pd.concat([done,pd.DataFrame([row])]).astype(dict(bs=int, epochs=int, seed=int))
         done.to_csv(out, index=False)
-    about = f"{args.data}, {n:,} training samples, batches of {bs}, rate {lr}, {args.seeds} seeds; {machine().rpartition(';')[0]}; fastai_is {fastai_is.__version__}"
-    out.with_suffix('.md').write_text(f"# Ideas for ImportanceCB\n\n{about}\n\n{markdown(summarise(done[done.seed<args.seeds]), n)}\n\n    python benchmarks/ideas.py {shlex.join(sys.argv[1:])}\n", encoding='utf-8')
+    about = f"{args.data}, {n:,} training samples, batches of {bs}, rate {lr}, {args.seeds} seeds{f' from {args.first} on' if args.first else ''}; {machine().rpartition(';')[0]}; fastai_is {fastai_is.__version__}"
+    out.with_suffix('.md').write_text(f"# Ideas for ImportanceCB\n\n{about}\n\n{markdown(summarise(done[done.seed.isin(seeds)]), n)}\n\n    python benchmarks/ideas.py {shlex.join(sys.argv[1:])}\n", encoding='utf-8')

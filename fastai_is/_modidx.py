@@ -329,6 +329,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fastai_is/callback/importance.py'),
                                                'fastai_is.callback.importance.ImportanceCB._lap': ( 'callback.importance.html#importancecb._lap',
                                                                                                     'fastai_is/callback/importance.py'),
+                                               'fastai_is.callback.importance.ImportanceCB._look_early': ( 'callback.importance.html#importancecb._look_early',
+                                                                                                           'fastai_is/callback/importance.py'),
                                                'fastai_is.callback.importance.ImportanceCB._plan_pools': ( 'callback.importance.html#importancecb._plan_pools',
                                                                                                            'fastai_is/callback/importance.py'),
                                                'fastai_is.callback.importance.ImportanceCB._tell': ( 'callback.importance.html#importancecb._tell',

@@ -329,7 +329,7 @@ def summarise(
     runs:pd.DataFrame # Runs of one problem, a row for each fit; those of tuning, where they are marked, are left out
 )->pd.DataFrame: # A row for each method, setting and budget
     """Means over the seeds that all have, and the speed-up of each method, in columns that begin with seconds or cost and end with
-    `_speed_up`, `_bound` ('', '<' or '>'), `_low` and `_high`. Raises a `ValueError` where there is no such seed, or one was run twice"""
+    `_speed_up`, `_bound` ('', '<' or '>'), `_low` and `_high`, where there are runs of plain training. Raises a `ValueError` where there is no such seed, or one was run twice"""
     if 'stage' in runs: runs = runs[runs.stage=='compare']
     by = ['method','bs','lr','epochs']
     if runs.duplicated(by+['seed']).any():
@@ -343,7 +343,7 @@ def summarise(
     rows = []
     for k,g in groups.items():
         row = dict(zip(by, k), seeds=len(seeds), accuracy_sd=g.accuracy.std(), **g[list(_measured)].mean())
-        for unit in _units if k[0]!='plain' else ():
+        for unit in _units if plain and k[0]!='plain' else ():
             curves = [tuple(np.stack([o[c] for o in gs]) for c in (unit,'accuracy')) for gs in plain.values()]
             value,bound = speed_up([(c.mean(1),a.mean(1)) for c,a in curves], row[unit], row['accuracy'])
             low,high = speed_up_interval(curves, g[unit], g.accuracy)

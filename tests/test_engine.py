@@ -108,12 +108,12 @@ def full_gradient(model, x, y, lf):
     return torch.cat([g.flatten() for g in gs])
 
 @pytest.mark.parametrize('loss', (CrossEntropyLossFlat(), CrossEntropyLossFlat(weight=torch.tensor([1., 2, 8, 1, 4])), CrossEntropyLossFlat(reduction='sum')))
-@pytest.mark.parametrize('seat', ('batch', 'loss', 'epoch', 'joined', 'fixed', 'part', 'refined'))
+@pytest.mark.parametrize('seat', ('batch', 'loss', 'epoch', 'joined', 'fixed', 'part', 'refined', 'early'))
 def test_bias_1_is_unbiased_through_the_callback(seat, loss):
-    "The mean step over many choices, in one or two stages, from one and the same window, or two that are joined, or one and a part of the next, is the plain step; with bias=0 it is not"
+    "The mean step over many choices, in one or two stages, from one and the same window, or two that are joined, or one and a part of the next, or from a plain batch by a fresh score, is the plain step; with bias=0 it is not"
     train, valid = make_data(32)
     x, y = torch.stack([a for a, _ in train]), torch.stack([b for _, b in train])
-    bs = 16 if seat in ('joined', 'fixed', 'refined') else 24 if seat == 'part' else 32
+    bs = 16 if seat in ('joined', 'fixed', 'refined', 'early') else 24 if seat == 'part' else 32
     def steps(bias, n=1500):
         dls = DataLoaders(DataLoader(train, bs=bs), DataLoader(valid, bs=32))
         learn, grads = make_learner(dls, model=nn.Linear(20, 5), loss=deepcopy(loss)), []
@@ -124,7 +124,10 @@ def test_bias_1_is_unbiased_through_the_callback(seat, loss):
         elif seat == 'fixed': cb = ImportanceCB(keep=.3, gate=None, bias=bias, smooth=.1, least=10)
         elif seat == 'part': cb = ImportanceCB(limit=100., floor=3/8, bias=bias, smooth=.1, least=12, prefilter=1)
         elif seat == 'refined': cb = ImportanceCB(limit=100., floor=.2, bias=bias, smooth=.1, least=6, prefilter=3)
+        elif seat == 'early': cb = ImportanceCB(bias=bias, smooth=.1, early=True)
         else: cb = ImportanceCB(keep=.3, gate=None, seat=seat, bias=bias, smooth=.1)
+        if seat == 'early': # always as in a first epoch that has found out that .4 will do
+            cb.plan, cb.before_batch, before = (lambda ids, bs: None), (lambda: (vars(cb.fit_state).update(refine=True, share=.4), before())), cb.before_batch
         if seat in ('epoch', 'joined', 'fixed', 'part', 'refined'): # a fit whose first epoch is whole, so that the normaliser is that of the whole window
             cb.plan, plan = (lambda ids, bs: None if not len(cb.store) else plan(ids, bs)), cb.plan
         if seat == 'part': # batches of 24 and 8 would count alike in it
@@ -280,6 +283,97 @@ def test_a_model_that_cannot_be_scored_alone():
     with pytest.warns(UserWarning, match='No fresh scores could be had .AttributeError') as ws: quiet_fit(learn, 4, [w, cb])
     assert len([o for o in ws if 'fresh scores' in str(o.message)]) == 1
     assert [len(e[0]) for e in w.ids] == [64, 18, 6, 6] and cb.counts['forwarded'] == cb.counts['backpropagated'] == sum(len(b) for e in w.ids for b in e)
+
+def early_runs(epochs=3, bs=32, n=2000, **kw):
+    "A callback that chooses in the first epoch, and what it did in each step of it: epoch, offered, chosen, fresh scores"
+    calls, w = [], Watch()
+    cb = ImportanceCB(**{**dict(early=True, limit=100., least=12, on_select=lambda learn, idxs, weights, scores: calls.append((learn.epoch, idxs, weights, scores))), **kw})
+    learn = quiet_fit(make_learner(make_dls(n=n, bs=bs)), epochs, [w, cb])
+    return cb, learn, w, calls
+
+def test_a_choice_in_the_first_epoch():
+    "Ten whole batches tell, and from then on 12 of each 32 are trained on; of the last batch, of 16, as large a part. All of them are remembered"
+    cb, learn, w, calls = early_runs()
+    first = [o for o in calls if o[0] == 0]
+    assert [len(b) for b in w.ids[0]] == [32]*10+[12]*52+[6] and len(first) == 53
+    for (_, idxs, wgts, scores), batch in zip(first, w.ids[0][10:], strict=True):
+        assert len(idxs) == len(wgts) == len(batch) and len(scores) in (32, 16) and len(idxs.unique()) == len(idxs)
+    assert abs(torch.cat([o[2] for o in first]).mean()-1) < .02, 'weights add up to as many as were offered'
+    assert learn.recorder.values[0][3] == pytest.approx((320+52*12+6)/2000) and len(cb.store) == 2000
+    one, w1 = ImportanceCB(early=True, limit=100., least=12), Watch()
+    plain, now = quiet_fit(make_learner(make_dls(n=2000, bs=32)), 1, w1), quiet_fit(make_learner(make_dls(n=2000, bs=32)), 1, one)
+    assert same(weights(plain), weights(now)) and one.counts == dict(forwarded=2000, backpropagated=2000), 'for later epochs only: a fit of one is plain training'
+
+def test_a_choice_in_the_first_epoch_counts():
+    "What is scored and what is trained on, and a choice that by fresh scores takes important samples more often"
+    cb, _, w, calls = early_runs(2)
+    trained, offered = sum(len(b) for e in w.ids for b in e), sum(len(o[3]) for o in calls if o[0] == 0)
+    second = cb.counts['forwarded']-trained-offered
+    assert cb.counts['backpropagated'] == trained and offered == 1680 and 0 < second < 2000
+    chosen, all_ = torch.cat([o[3][o[1]] for o in calls if o[0] == 0]), torch.cat([o[3] for o in calls if o[0] == 0])
+    assert chosen.mean() > 1.15*all_.mean()
+
+@pytest.mark.parametrize('kw', (dict(limit=1.0001), dict(least=20), dict(least=32), dict(gate=1e3)))
+def test_no_choice_in_the_first_epoch_is_no_difference(kw):
+    "Where more than 0.6 of a batch would be needed, or the gate is shut, training is as without `early`, bit for bit"
+    (a, la, wa, _), (b, lb, wb, _) = early_runs(**kw), early_runs(**kw, early=False)
+    assert {len(o) for o in wa.ids[0]} == {32, 16} and wa.ids == wb.ids and same(weights(la), weights(lb)) and a.counts == b.counts
+
+def test_a_choice_in_the_first_epoch_of_what_cannot_be_scored_alone():
+    class Unpack(Callback):
+        def after_pred(self): self.learn.pred = self.pred['logits']
+    cb, w, learn = ImportanceCB(early=True, limit=100., least=12), Watch(), make_learner(make_dls(n=2000, bs=32), model=Logits(), cbs=Unpack())
+    with pytest.warns(UserWarning, match='No fresh scores could be had .AttributeError') as ws: quiet_fit(learn, 2, [w, cb])
+    assert len([o for o in ws if 'fresh scores' in str(o.message)]) == 1 and {len(b) for b in w.ids[0]} == {32, 16} and len(w.ids[1][0]) < 32
+
+def test_an_epoch_that_none_follows_is_whole():
+    "The last of a fit that is gone on with"
+    cb, w = ImportanceCB(early=True, limit=100., least=12), Watch()
+    learn = make_learner(make_dls(n=2000, bs=32))
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=[w, cb], start_epoch=2)
+    assert [len(b) for e in w.ids for b in e] == [32]*62+[16]
+
+@pytest.mark.parametrize('early', (False, True))
+def test_the_normaliser_is_that_of_all_whole_batches(early):
+    "With a rare class of a large weight: also of those that are cut, for later epochs go by it"
+    weight = torch.tensor([1., 1, 1, 1, 50])
+    cb = ImportanceCB(early=early, limit=100., least=12)
+    learn = quiet_fit(make_learner(make_dls(n=2000, bs=32), loss=CrossEntropyLossFlat(weight=weight)), 2, cb)
+    true = 1/np.mean([weight[y].item() for _, y in learn.dls.train_ds])
+    assert cb.normaliser[1] == (63 if early else 32+3), 'without, the first 32 and every eighth'
+    assert abs(float(cb.normaliser[1]/cb.normaliser[0])/true-1) < .06
+
+@pytest.mark.parametrize('bad', (float('nan'), float('inf')))
+def test_broken_scores_in_the_first_epoch(bad):
+    "Batches with a broken score are chosen from uniformly, and the normaliser of a sum stays the size of the batch"
+    class Breaks(nn.Module):
+        def __init__(self): super().__init__(); self.lin = nn.Linear(20, 5)
+        def forward(self, x): return torch.where((x[:, :1]*1e6).round() % 50 == 5, torch.tensor(bad), self.lin(x))
+    seen = []
+    class Look(Callback):
+        order, run_valid = ImportanceCB.order+1, False
+        def after_loss(self):
+            s = cb.fit_state
+            if s.scored is None or self.epoch: return
+            ok = bool(s.scored.scores.isfinite().all())
+            assert ok != bool((s.w == s.w[0]).all())
+            seen.append((ok, bool(self.loss_grad.isfinite()), len(s.scored.scores), float(s.scale)))
+    cb = ImportanceCB(early=True, limit=100., least=12)
+    learn = make_learner(make_dls(n=2000, bs=32), model=Breaks(), loss=CrossEntropyLossFlat(reduction='sum'))
+    with pytest.warns(UserWarning, match='NaN'): quiet_fit(learn, 2, [cb, Look()], lr=0., fit='fit')
+    assert len(seen) == 53 and .3 < np.mean([not ok for ok, *_ in seen]) < .7
+    spared = [(n, scale) for ok, finite, n, scale in seen if finite and not ok]
+    assert spared and all(scale == pytest.approx(n) for ok, finite, n, scale in seen if finite)
+
+def test_a_sum_of_mixed_samples():
+    "MixUp's loss is a sum too: a step counts for as many as were offered, also the last one"
+    cb, seen = ImportanceCB(early=True, limit=100., least=12), []
+    class Look(Callback):
+        order, run_valid = ImportanceCB.order+1, False
+        def after_loss(self): cb.fit_state.w is None or seen.append((self.epoch, cb.fit_state.stands_for, float(cb.fit_state.scale)))
+    learn = make_learner(make_dls(n=2000, bs=32), loss=CrossEntropyLossFlat(reduction='sum'), cbs=MixUp())
+    quiet_fit(learn, 2, [cb, Look()], lr=1e-4)
+    assert [n for e, n, _ in seen if e == 0] == [32]*52+[16] and all(scale == pytest.approx(n, rel=1e-4) for _, n, scale in seen)
 
 def test_auto_gate_of_a_fixed_share_waits_until_the_prediction_allows_it():
     k = kept_by_epoch(ImportanceCB(keep=.4), 8)

@@ -398,7 +398,7 @@ def test_broken_losses_mean_uniform_weights(bad):
 @pytest.mark.parametrize('kw,words', ((dict(pool=0), 'pool=0: expected a whole number'), (dict(pool=2.5), 'pool=2.5'), (dict(pool=True), 'pool=True'), (dict(pool='3'), "pool='3'"),
     (dict(pool=3, seat='epoch'), "seat='epoch': expected 'batch' with pool=3"), (dict(pool=3, seat='loss'), "seat='loss'"), (dict(pool=3, keep=.5), 'leave `keep` out'),
     (dict(pool=3, keep=1), 'keep=1'), (dict(hold='size'), "hold='size'"), (dict(hold='time', pool=3), 'leave out one of the two'), (dict(hold='time', keep=.5), 'keep=0.5'),
-    (dict(hold='variance', seat='epoch'), "seat='epoch'"), (dict(costs='clock'), "costs='clock'"), (dict(costs=None), 'costs=None'), (dict(costs=(1., -1.)), 'costs=(1.0, -1.0)')))
+    (dict(hold='variance', seat='epoch'), "seat='epoch'"), (dict(costs='clock'), "costs='clock'"), (dict(costs=None), 'costs=None'), (dict(early=1.5), 'early=1.5'), (dict(early=True), "with keep='auto' and seat='batch'"), (dict(early=True, seat='epoch', keep=.5), 'with keep=0.5'), (dict(early=True, seat='epoch', prefilter=1), 'prefilter=1'), (dict(costs=(1., -1.)), 'costs=(1.0, -1.0)')))
 def test_bad_settings(kw, words):
     with pytest.raises(ValueError) as e: ImportanceCB(**{**dict(seat='batch'), **kw})
     assert words in str(e.value) and 'expected' in str(e.value)

@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     weights:Tensor|None # Unbiased weights `[m]`; None for a plain mean over all of them
     bs:int         # Batch size; the last batch may be smaller
     window:int|None=None # Samples that a batch is chosen from, where it is a choice
-    refine:bool=False # Choose from each batch once more, by a fresh score? This needs weights
+    refine:bool=False # Choose from each batch once more, by a fresh score?
 
 class Ids:
     "The numbers of a tensor, as Python's, one part after the other: a list of a million takes its time and 50 MB"
@@ -424,7 +424,7 @@ class SelectionCB(Callback):
         s.offered += bs if s.ids is None else bs*s.n/len(s.ids)
         if self.learn.train_iter%10==0: self._look()
         if s.seat=='batch' and not self.off and self.is_on(bs): self._score_and_cut(bs)
-        elif s.refine and s.w is not None: self._refine(bs)
+        elif s.refine and s.rows is not None: self._refine(bs)
         elif s.queue is not None: self._add_waiting(bs)
         bs = find_bs(self.yb)
         s.trained += bs
@@ -437,8 +437,7 @@ class SelectionCB(Callback):
         at = self.iter*s.bs
         if bs!=min(s.bs, len(s.ids)-at): return self._lose_ids()
         s.rows = s.ids[at:at+bs]
-        if s.weights is None: return
-        s.w = s.weights[at:at+bs]
+        if s.weights is not None: s.w = s.weights[at:at+bs]
         s.stands_for = bs if s.window is None else min(s.full_bs, s.n-self.iter*s.window) # a step is as long as a plain one, also from several batches
 
     def scoring_pass(self)->Scored:
@@ -489,11 +488,12 @@ class SelectionCB(Callback):
         try: s.scored = res = self.scoring_pass()
         except Exception as e: # other callbacks may give the model what it cannot do without, after this one or in the middle of the training pass
             s.refine = s.can_refine = False
-            return warn(f"No fresh scores could be had ({type(e).__name__}: {e}). Samples are chosen by remembered scores alone.")
+            return warn(f"No fresh scores could be had ({type(e).__name__}: {e}). Samples are chosen by remembered scores alone, and where there are none, all are trained on.")
         s.fresh.append((s.rows,res.scores))
-        sel = self.choose(res.scores*s.w)
+        if s.w is None and user_loss(self.loss_func) is self.loss_func: self._add_scale(loss_scale(res.loss, res.losses)) # a whole batch
+        sel = self.choose(res.scores if s.w is None else res.scores*s.w)
         if sel is None: return
-        s.w,s.idxs = s.w[sel.idxs]*sel.weights,sel.idxs
+        s.w,s.idxs = sel.weights if s.w is None else s.w[sel.idxs]*sel.weights,sel.idxs
         if self.on_select: self.on_select(self.learn, sel.idxs, s.w, res.scores)
         self.learn.xb,self.learn.yb = take(self.xb, sel.idxs, bs),take(self.yb, sel.idxs, bs)
 
@@ -610,7 +610,7 @@ class SelectionCB(Callback):
 
     def _window_scale(self, raw):
         "The normaliser of a window of which these samples were loaded: over an epoch the others are never seen"
-        s,lf = self.fit_state,self.loss_func
+        s,lf = self.fit_state,user_loss(self.loss_func)
         if getattr(lf, 'reduction', getattr(lf, 'keywords', {}).get('reduction'))=='sum': return self._scale_of(raw)*s.stands_for/len(raw)
         if s.uniform: self._add_scale(self._scale_of(raw)) # chosen blindly, so as good as a whole batch
         return self.normaliser[1]/self.normaliser[0] if self.normaliser[1] else self._scale_of(raw) # the mean over whole batches

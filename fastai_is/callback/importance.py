@@ -20,7 +20,7 @@ from fastai.imports import noop # the one that `learn.no_logging` sets
 from fastai.torch_core import find_bs
 
 # %% ../../nbs/11_callback.importance.ipynb #7e5918e9
-def _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, prefilter, costs, pool, hold):
+def _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, prefilter, costs, pool, hold, early):
     "Raise a `ValueError` that names what is wrong and the remedy"
     def named(v, *names): return v is None or isinstance(v, str) and v in names
     check_setting(keep is not None and named(keep, 'auto') or is_number(keep) and 0<keep<=1, 'keep', keep, "a share above 0 and up to 1, or 'auto'")
@@ -38,6 +38,9 @@ def _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, prefilt
     check_setting(is_whole(pool, 1), 'pool', pool, 'a whole number of batches, 1 (no pool) or more, such as 3')
     check_setting(named(hold, 'variance', 'time'), 'hold', hold, "None, 'variance' or 'time'")
     check_setting(pool==1 or hold is None, 'hold', hold, f"None with pool={pool!r}, since it sets the size of the pool itself; leave out one of the two")
+    check_setting(early in (True,False), 'early', early, 'True or False')
+    check_setting(not early or keep=='auto' and seat=='epoch', 'early', early, f"False with keep={keep!r} and seat={seat!r}: it is for keep='auto' over the epoch. Leave it out")
+    check_setting(not early or prefilter>1, 'prefilter', prefilter, "2 or more with early=True, which scores anew too; 3 is a good value")
     for nm,v,on in (('pool',pool,pool>1), ('hold',hold,hold is not None)):
         check_setting(not on or seat=='batch', 'seat', seat, f"'batch' with {nm}={v!r}, where a scoring pass comes before each step")
         check_setting(not on or keep=='auto', 'keep', keep, f"'auto' with {nm}={v!r}, which says how much is kept (pool=n keeps 1/n); leave `keep` out")
@@ -64,12 +67,13 @@ class ImportanceCB(SelectionCB):
         costs:tuple|str=(1.,2.), # Costs of a forward and a backward pass, for the gate in the batch seat; 'measured': by the clock, so that runs differ
         pool:int=1, # Batches that are scored for each one that is trained on, in the batch seat
         hold:str|None=None, # In the batch seat: keep the 'variance' by training on less as tau grows, or the 'time' of a step by scoring more
+        early:bool=False, # Over the epoch, with keep='auto': choose in the first epoch of several too, within each batch by fresh scores, while 0.6 of it or less will do? Never with less than `least`/0.6 samples in a batch
         **kwargs
     ):
-        _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, prefilter, costs, pool, hold)
+        _check_settings(keep, bias, smooth, gate, seat, limit, floor, least, prefilter, costs, pool, hold, early)
         super().__init__(score=score, seat=seat, **kwargs)
         self.keep,self.bias,self.smooth,self.gate,self.limit,self.floor = keep,bias,smooth,gate,limit,floor
-        self.least,self.prefilter,self.costs,self.pool,self.hold = ifnone(least, 32 if keep=='auto' else 1),prefilter,costs,pool,hold
+        self.least,self.prefilter,self.costs,self.pool,self.hold,self.early = ifnone(least, 32 if keep=='auto' else 1),prefilter,costs,pool,hold,early
         self.timer = None
 
     @property
@@ -103,7 +107,9 @@ class ImportanceCB(SelectionCB):
         m = min(bs, len(ids))
         def windows(m): return ids[:len(ids)//m*m].view(-1,m)
         sample = windows(m)[::max(1,len(ids)//m//256)] # a few hundred windows are enough to decide on
-        k = self.number(self.store.get(sample) if len(self.store) else None, m)
+        known = len(self.store)>0
+        k = self.number(self.store.get(sample) if known else None, m)
+        s.early = self.early and not known and self.epoch+1<self.n_epoch
         if k==m: return
         # a step of a handful of samples costs nearly as much as one of 32, and tells BatchNorm less
         joined,least = max(1, min(-(-self.least//k), m//k, len(ids)//m)),min(self.least, m)
@@ -119,6 +125,15 @@ class ImportanceCB(SelectionCB):
         sels = [(w,systematic(o, n, self.smooth, self.generator())) for w,o,n in parts]
         return Plan(torch.cat([w.gather(1, s.idxs).flatten() for w,s in sels]), torch.cat([s.weights.flatten() for _,s in sels]), load, m, refine=load>k)
 
+    def _look_early(self):
+        "In the first epoch of several nothing is remembered yet: let fresh scores cut each batch while the last ten say that it pays"
+        s,m = self.fit_state,self.fit_state.full_bs
+        rows = [o for _,o in s.fresh[-10:] if len(o)==m]
+        if len(rows)<10: return
+        scores = torch.stack(rows).cpu()
+        s.share = max(min(self.least, m), self.number(torch.where(scores.isfinite(), scores, torch.inf), m))/m
+        s.refine = s.can_refine and s.share<=.6 # a scoring pass costs a third of training on the batch
+
     def _plan_pools(self, ids, n):
         "The loader's own order in batches of `n`, or of some more where one sample would be left over. Where it drops what is short, the last pool is filled up with the first ids, so that none is lost"
         n = min(n, len(ids))
@@ -128,7 +143,7 @@ class ImportanceCB(SelectionCB):
     # In the batch and in the loss
     def start_fit(self):
         s = self.fit_state
-        s.share,s.pool,s.tau,s.part = 1.,1.,(0.,0),None # a running mean of tau and its length; what is left of a pool
+        s.share,s.pool,s.tau,s.part,s.early = 1.,1.,(0.,0),None,False # a running mean of tau and its length; what is left of a pool
         s.met,s.gains,s.quiet = [],[],self.learn.logger is noop # scores and weights that the epoch's choice turned out to have; share kept and gain of each epoch
         s.open = self.gate is None
         waits = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize)
@@ -234,6 +249,8 @@ class ImportanceCB(SelectionCB):
         s = self.fit_state
         if s and self.timer and s.scored is None: self.timer.lap(name, find_bs(self.yb))
     def before_batch(self):
+        s = self.fit_state
+        if s and s.early and s.seat=='epoch' and self.learn.train_iter%10==0: self._look_early()
         super().before_batch()
         self._lap()
     def after_pred(self):
