@@ -114,7 +114,7 @@ def test_bias_1_is_unbiased_through_the_callback(seat, loss):
     train, valid = make_data(32)
     x, y = torch.stack([a for a, _ in train]), torch.stack([b for _, b in train])
     bs = 16 if seat in ('joined', 'fixed', 'refined', 'early') else 24 if seat == 'part' else 32
-    def steps(bias, n=500):
+    def steps(bias, n=1500):
         dls = DataLoaders(DataLoader(train, bs=bs), DataLoader(valid, bs=32))
         learn, grads = make_learner(dls, model=nn.Linear(20, 5), loss=deepcopy(loss)), []
         class Grab(Callback):
