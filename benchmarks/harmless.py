@@ -23,6 +23,7 @@ p.add_argument('--epochs', type=int, default=8, help='epochs of the fits with ra
 p.add_argument('--seeds', type=int, default=5, help='how many')
 p.add_argument('--bs', type=int, default=128, help='batch size')
 p.add_argument('--lr', type=float, default=6.4e-2, help='peak learning rate')
+p.add_argument('--only', default='', help="the cases whose names hold this, such as single; all by default")
 p.add_argument('--out', type=Path, default=Path('benchmarks/results'), help='folder')
 args = p.parse_args()
 torch.set_num_threads(1)
@@ -47,10 +48,13 @@ def run(case, wrong, epochs, seed, method):
     return dict(case=case, epochs=epochs, seed=seed, method=method, checksum=(weights*torch.arange(len(weights))).sum().item(), **res)
 
 cases = {'random labels':(1.,args.epochs), 'a single epoch':(0.,1), '30 % wrong labels':(.3,args.epochs)}
+cases = {k:v for k,v in cases.items() if args.only in k}
+if not cases: p.error(f'--only {args.only!r} is in no name of a case')
 fit_once(problem.make(args.bs), 1, args.lr, None, time.process_time) # the first steps of a process are slow
 turns = [(c,s,m) for c in cases for s in range(args.seeds) for m in (('plain','importance') if s%2 else ('importance','plain'))]
 rows = pd.DataFrame([run(c, *cases[c], s, m) for c,s,m in progress_bar(turns, leave=False)])
 
+same = None
 lines = ['| case | epochs | seconds, importance / plain: median (range) | cost in plain epochs | accuracy, plain | importance | difference | loss on the training set, plain | importance | difference |', '|'+'---|'*10]
 for case,d in rows.groupby('case', sort=False):
     a,b = (d[d.method==o].set_index('seed') for o in ('plain','importance'))
@@ -64,9 +68,7 @@ text = f"""# Where selection cannot help
 MNIST, {args.n:,} training digits, small_convnet, batches of {args.bs}, peak rate {args.lr}, {args.seeds} seeds: means ± standard deviations, differences by seed.
 {machine().rpartition(';')[0]}; fastai_is {fastai_is.__version__}
 
-""" + '\n'.join(lines) + f"""
-
-Weights after a single epoch: {'the same' if same else 'NOT the same'} in all seeds.
+""" + '\n'.join(lines) + ('' if same is None else f"\n\nWeights after a single epoch: {'the same' if same else 'NOT the same'} in all seeds.") + f"""
 
     python benchmarks/harmless.py {shlex.join(sys.argv[1:])}
 """

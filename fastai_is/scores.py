@@ -8,7 +8,7 @@ __all__ = ['score_funcs', 'context_names', 'plain_tensors', 'loss_score', 'upper
            'tap_context', 'fast_bf16', 'from_logits', 'last_layer_norm']
 
 # %% ../nbs/01_scores.ipynb #314b0851
-import inspect
+import inspect, math
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -43,33 +43,34 @@ def _ce_coefs(z, y, ignore_index):
     mask = y!=ignore_index
     return torch.zeros_like(z).scatter_(-1, y.where(mask, 0).long()[...,None], 1.),mask[...,None]
 
-def _ce_grad(z, y, weight=None, ignore_index=-100, label_smoothing=0., **_):
+def _ce_grad(z, y, weight=None, ignore_index=-100, label_smoothing=0.):
     a,mask = _ce_coefs(z, y, ignore_index)
+    if weight is None and not label_smoothing and mask is not None: return z.softmax(-1).sub_(a).mul_(mask) # the same in fewer operations: in each step they count
     if label_smoothing: a = a*(1-label_smoothing) + label_smoothing/z.shape[-1]
     if weight is not None: a = a*weight.to(z)
     if mask is not None: a = a*mask
     return a.sum(-1, keepdim=True)*z.softmax(-1) - a
 
-def _smooth_ce_grad(z, y, weight=None, eps=0.1, **_):
+def _smooth_ce_grad(z, y, weight=None, eps=0.1):
     "fastai's label smoothing weighs the target's part only, and ignores the default `ignore_index` there only"
     a,mask = _ce_coefs(z, y, -100)
     if weight is not None: a = a*weight.to(z)
     a = a*mask*(1-eps) + eps/z.shape[-1]
     return a.sum(-1, keepdim=True)*z.softmax(-1) - a
 
-def _bce_grad(z, y, weight=None, pos_weight=None, **_):
+def _bce_grad(z, y, weight=None, pos_weight=None):
     pos = y if pos_weight is None else y*pos_weight.to(z)
     g = (pos+1-y)*z.sigmoid() - pos
     return g if weight is None else g*weight.to(z)
 
-def _mse_grad(z, y, **_): return 2*(z-y)
+def _mse_grad(z, y): return 2*(z-y)
 
 # %% ../nbs/01_scores.ipynb #dc8fb318
 _closed = {nn.CrossEntropyLoss:_ce_grad, F.cross_entropy:_ce_grad, LabelSmoothingCrossEntropy:_smooth_ce_grad,
     nn.BCEWithLogitsLoss:_bce_grad, F.binary_cross_entropy_with_logits:_bce_grad, nn.MSELoss:_mse_grad, F.mse_loss:_mse_grad}
 _of_logits = {nn.NLLLoss:_ce_grad, F.nll_loss:_ce_grad} # of what a log-softmax was taken of, for the softmax of log-probabilities is that of the logits
 _ce_like = (_ce_grad, _smooth_ce_grad)
-_settings = 'weight ignore_index label_smoothing eps pos_weight'.split()
+_settings = {rule:list(inspect.signature(rule).parameters)[2:] for rule in (_ce_grad, _smooth_ce_grad, _bce_grad, _mse_grad)} # what each goes by
 
 def _closed_grad(loss_func, pred, y, rules=_closed):
     "The gradient of each sample's unnormalised loss at `pred`, in closed form, or None where there is no such form"
@@ -81,7 +82,7 @@ def _closed_grad(loss_func, pred, y, rules=_closed):
     try: rule = rules.get(f if inspect.isfunction(f) or inspect.isbuiltin(f) else type(f))
     except TypeError: return None
     if rule is None: return None
-    kw = {k:v for k in _settings if (v := kw.get(k, getattr(f, k, None))) is not None}
+    kw = {k:v for k in _settings[rule] if (v := kw.get(k, getattr(f, k, None))) is not None}
     z,y = _full(pred.detach()),y.as_subclass(Tensor)
     if rule in _ce_like:
         if z.ndim<2: return None
@@ -90,7 +91,8 @@ def _closed_grad(loss_func, pred, y, rules=_closed):
         if y.shape!=z.shape: # flattened losses take targets of any shape
             if y.numel()!=z[...,0].numel() or y.is_floating_point(): return None
             y = y.reshape(z.shape[:-1])
-        return (rule(z, y, **kw)/z[0,...,0].numel()).movedim(-1, axis)
+        g,n = rule(z, y, **kw),math.prod(z.shape[1:-1]) # elements of a sample
+        return (g if n==1 else g/n).movedim(-1, axis)
     else:
         if y.shape!=z.shape:
             if not flat or y.numel()!=z.numel(): return None

@@ -114,7 +114,8 @@ def test_bias_1_is_unbiased_through_the_callback(seat, loss):
     train, valid = make_data(32)
     x, y = torch.stack([a for a, _ in train]), torch.stack([b for _, b in train])
     bs = 16 if seat in ('joined', 'fixed', 'refined', 'early') else 24 if seat == 'part' else 32
-    def steps(bias, n=1500):
+    def steps(bias, n=1000):
+        set_seed(1) # of a model and choices by which the twin is 10 standard errors off or more
         dls = DataLoaders(DataLoader(train, bs=bs), DataLoader(valid, bs=32))
         learn, grads = make_learner(dls, model=nn.Linear(20, 5), loss=deepcopy(loss)), []
         class Grab(Callback):
@@ -139,7 +140,7 @@ def test_bias_1_is_unbiased_through_the_callback(seat, loss):
         return torch.stack(grads[-(-32//bs):]), full*bs/32 if getattr(loss, 'reduction', '') == 'sum' else full # a sum over as many as a batch
     got, want = steps(1.)
     z = (got.mean(0)-want).abs()/(got.std(0)/len(got)**.5+1e-6)
-    assert z.max() < 4.5
+    assert z.max() < 3.67 # what 4.5 is to 1,500 draws
     got, want = steps(0.)
     z = (got.mean(0)-want).abs()/(got.std(0)/len(got)**.5+1e-6)
     assert z.max() > 8, 'the test would notice'

@@ -1,5 +1,5 @@
 "The modules are what the notebooks export, the notebooks are clean, and each of them runs."
-import json, os, re, shutil, subprocess, sys
+import json, multiprocessing, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,24 @@ def run_nbdev(code, *args, cwd):
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # with it set, nbdev-export does nothing
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
 
-def run_nb(nb, cwd=ROOT): return run_nbdev("import sys; from nbdev.test import nbdev_test; nbdev_test(sys.argv[1], n_workers=0)", nb, cwd=cwd)
+# Each notebook in a process of its own, forked from one that has imported what takes seconds. Not fastai, nor this package:
+# they change what PyTorch can do, and a notebook has to import for itself what it needs.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torchvision", "sklearn.model_selection", "pandas", "matplotlib.pyplot", "scipy.stats", "nbdev.test", "pytest"])
+
+def _run_nb(nb, cwd, log):
+    os.chdir(cwd)
+    for fd in (1, 2): os.dup2(os.open(log, os.O_WRONLY|os.O_CREAT|os.O_APPEND), fd)
+    from nbdev.test import nbdev_test
+    nbdev_test(nb, n_workers=0)
+
+def run_nb(nb, tmp_path, cwd=ROOT):
+    "The exit code of nbdev's test of a notebook, and what it printed"
+    log = tmp_path/"log.txt"
+    p = FORKS.Process(target=_run_nb, args=(nb, cwd, log))
+    p.start()
+    p.join()
+    return p.exitcode, log.read_text(encoding="utf-8", errors="replace")
 
 
 def project_files(root):
@@ -37,9 +54,9 @@ def test_exported_and_clean(tmp_path):
 
 
 @pytest.mark.parametrize("nb", NBS, ids=lambda f: f.relative_to(ROOT/"nbs").as_posix())
-def test_notebook_runs(nb):
-    r = run_nb(nb)
-    assert r.returncode == 0, f"{nb.relative_to(ROOT)} failed\n{r.stdout}\n{r.stderr}"
+def test_notebook_runs(nb, tmp_path):
+    code, said = run_nb(nb, tmp_path)
+    assert code == 0, f"{nb.relative_to(ROOT)} failed\n{said}"
 
 
 def write_nb(path, *sources):
@@ -53,7 +70,7 @@ def test_a_failing_cell_fails(tmp_path):
     shutil.copy(ROOT/"pyproject.toml", tmp_path)
     skips = write_nb(tmp_path/"nbs"/"skips.ipynb", "#| eval: false\nraise RuntimeError('planted')")
     fails = write_nb(tmp_path/"nbs"/"fails.ipynb", "x = 1", "raise RuntimeError('planted')")
-    r = run_nb(skips, cwd=tmp_path)
-    assert r.returncode == 0, r.stderr
-    r = run_nb(fails, cwd=tmp_path)
-    assert r.returncode == 1 and "fails.ipynb" in r.stderr and "RuntimeError: planted" in r.stderr
+    code, said = run_nb(skips, tmp_path, tmp_path)
+    assert code == 0, said
+    code, said = run_nb(fails, tmp_path, tmp_path)
+    assert code == 1 and "fails.ipynb" in said and "RuntimeError: planted" in said
