@@ -201,7 +201,7 @@ def no_trace(
     flipped = [m for m in model.modules() if m.training!=training]
     buffers = [(b,b.clone()) for b in model.buffers()] if training else []
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(sorted(devices)), torch.no_grad():
+    with torch.random.fork_rng(sorted(devices)), torch.no_grad(): # not inference mode: what the model makes in it and keeps, such as a mask, it could not be trained with
         try:
             for m in flipped: vars(m)['training'] = training # a module's own `__setattr__` is slow
             yield

@@ -369,3 +369,20 @@ def test_within_an_autocast_of_the_users(fast):
 @pytest.mark.parametrize('bad', ('bf16', torch.bfloat16, 2, .5))
 def test_bf16_is_checked(bad):
     with pytest.raises(ValueError, match='bf16=.*expected True, False, or None'): ImportanceCB(bf16=bad)
+
+def graphs_of(cb):
+    "How many graphs `torch.compile` makes of a network in six epochs, and the batch sizes it is trained on"
+    torch._dynamo.reset()
+    graphs, sizes, net = [], set(), make_net()
+    net.compile(backend=lambda graph, _: graphs.append(1) or graph.forward)
+    class Sizes(Callback):
+        run_valid = False
+        def after_pred(self): sizes.add(len(self.pred))
+    set_seed(0)
+    quiet_fit(make_learner(make_dls(n=1200), model=net), 6, [Sizes()]+([cb] if cb else []), lr=3e-2)
+    return len(graphs), sizes
+
+def test_a_compiled_network_is_compiled_for_one_pass_more():
+    "Not anew for each size: PyTorch takes the batch's size as variable once it has seen two"
+    plain, (n, sizes), (in_batch, _) = graphs_of(None)[0], graphs_of(ImportanceCB()), graphs_of(ImportanceCB(keep=1/3, seat='batch', gate=None))
+    assert len(sizes) > 6 and n <= plain+1 and in_batch <= plain+1

@@ -220,3 +220,20 @@ def test_bfloat16_is_fast_on_gpus_that_have_it(major, hip, want, monkeypatch):
     monkeypatch.setattr(torch.version, 'hip', hip)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (major, 0))
     assert fast_bf16('cuda') is want and fast_bf16('cuda:1') is want
+
+def test_what_a_model_keeps_of_a_scoring_pass_can_be_trained_with():
+    class Keeps(nn.Module):
+        "Makes a tensor in its first pass, whichever that is"
+        def __init__(self): super().__init__(); self.net,self.mask = nn.Linear(4, 3),None
+        def forward(self, x):
+            z = self.net(x)
+            if self.mask is None: self.mask = torch.full_like(z, 2.)
+            return z*self.mask
+    x, y, lf = torch.randn(5, 4), torch.randint(3, (5,)), nn.CrossEntropyLoss()
+    model = Keeps()
+    score_batch(model, upper_bound, lf, (x,), (y,))
+    lf(model(x), y).backward()
+    assert model.net.weight.grad.abs().sum()>0
+    model = Keeps()
+    with torch.inference_mode(): score_batch(model, upper_bound, lf, (x,), (y,))
+    with pytest.raises(RuntimeError, match='[Ii]nference'): lf(model(x), y).backward() # the test would notice
