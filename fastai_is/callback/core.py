@@ -197,7 +197,7 @@ def count_rows(
 )->int:
     "The size of the batch. Raises a `ValueError` for one without targets"
     if not len(cb.yb): raise ValueError(f"The batch has no targets when {cb.name} sees it: expected some. Where another callback sets them, give it an `order` below {cb.order}.")
-    with plain_tensors(): return find_bs(cb.yb) # a size that is asked of a subclass costs 10 times as much
+    with plain_tensors(): return find_bs(cb.yb) # a size that is asked of a subclass costs several times as much
 
 def is_number(v)->bool: return isinstance(v, Real) and not isinstance(v, bool)
 def is_whole(v, least:int=0)->bool: return isinstance(v, Integral) and not isinstance(v, bool) and v>=least
