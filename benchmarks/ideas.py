@@ -2,7 +2,7 @@
 
     python benchmarks/ideas.py --data mnist --epochs 8 --seeds 2 --out benchmarks/results
 
-Each idea changes one thing: a setting of ImportanceCB, or a few lines of it. All have batches of the same size and the same learning rate, which suit plain
+Each idea changes one thing: a setting of ImportanceCB, or a few lines of it; one is another callback. All have batches of the same size and the same learning rate, which suit plain
 training (`fastai-is bench` tunes them); plain training has budgets from 2 epochs up, each with its learning rate decayed to zero. Seconds are of processor
 time, on one thread. Runs are added to a CSV, and what is in it already is not repeated; a table is written beside it.
 """
@@ -18,6 +18,7 @@ from fastai_is.analysis import machine
 from fastai_is.bench import PROBLEMS, fit_once, markdown, summarise
 from fastai_is.callback.core import Plan
 from fastai_is.callback.importance import ImportanceCB
+from fastai_is.callback.proxy import ProxyScore
 from fastai_is.selection import inclusion, systematic
 from fastai_is.variance import keep_within, variance_ratio
 
@@ -33,7 +34,7 @@ def forecast(before, after, weights, bins=32):
 
 class Idea(ImportanceCB):
     "`ImportanceCB` with what is being tried. In one stage, unless it is said to be two"
-    def __init__(self, first=1., by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, lr_power=0., lr_times=1., refresh=False,
+    def __init__(self, first=1., by_ratio=None, tightens=None, whole_from=2., unseen='top', grow=1., blind=False, lr_power=0., lr_times=1., mom_power=0., refresh=False,
             forecasts=False, fresh=False, even=False, scored=False, half=True, prefilter=1, bf16=False, **kwargs):
         super().__init__(prefilter=prefilter, bf16=bf16, **kwargs) # scores in 32 bits, as when the first ideas were measured
         self.first = first           # share of each batch in the first epoch of several, by chance
@@ -45,6 +46,7 @@ class Idea(ImportanceCB):
         self.blind = blind           # choose by chance, as many as importance would
         self.lr_power = lr_power     # learning rate times share**lr_power
         self.lr_times = lr_times     # learning rate times this
+        self.mom_power = mom_power   # momentum to the power of (batches that a step stands for)**mom_power: 1 forgets as fast by samples offered, not by steps
         self.refresh = refresh       # BatchNorm's running statistics anew at the end, from 4,096 samples
         self.forecasts = forecasts   # go by what scores like the remembered one turned out to be in the last epoch
         self.fresh = fresh           # in the first epoch of several, choose within each batch by a fresh score, where that pays
@@ -125,6 +127,8 @@ class Idea(ImportanceCB):
     def before_step(self):
         times = self.lr_times*(self.share**self.lr_power if self.fit_state.w is not None else 1)
         if times!=1: self.opt.set_hyper('lr', float(self.opt.hypers[-1]['lr']*times))
+        if self.mom_power and self.fit_state.window: # the schedule sets it anew in each step
+            self.opt.set_hyper('mom', float(self.opt.hypers[-1]['mom']**(self.fit_state.window/self.fit_state.full_bs)**self.mom_power))
 
     def after_train(self):
         super().after_train()
@@ -185,7 +189,11 @@ IDEAS = {
     'floor 0.05, no weights where fresh scores chose': dict(prefilter=3, bf16=None, floor=.05, half=False),
     'floor 0.05, a fresh choice in the first epoch': dict(prefilter=3, bf16=None, floor=.05, fresh=True),
     'floor 0.05, early': dict(prefilter=3, bf16=None, floor=.05, early=True), # the same, as `ImportanceCB` has it: with steps of at least 32
+    'momentum by the batches that a step stands for': dict(prefilter=3, bf16=None, mom_power=1.),
+    'momentum by the root of the batches that a step stands for': dict(prefilter=3, bf16=None, mom_power=.5),
+    'a tiny network chooses from three batches': ProxyScore,
 }
+def make(idea): return Idea(**idea) if isinstance(idea, dict) else idea()
 SETTINGS = dict(mnist=(128,6.4e-2), fashion_mnist=(128,6.4e-2), cifar10=(32,2e-2))
 
 if __name__=='__main__':
@@ -214,7 +222,7 @@ if __name__=='__main__':
         if ((done.method==name) & (done.epochs==epochs) & (done.seed==seed)).any(): continue
         set_seed(seed)
         row = dict(method=name, bs=bs, lr=lr, epochs=epochs, seed=seed,
-            **fit_once(problem.make(bs), epochs, lr, None if name=='plain' else Idea(**IDEAS[name]), time.process_time))
+            **fit_once(problem.make(bs), epochs, lr, None if name=='plain' else make(IDEAS[name]), time.process_time))
         done = pd.concat([done,pd.DataFrame([row])]).astype(dict(bs=int, epochs=int, seed=int))
         done.to_csv(out, index=False)
     about = f"{args.data}, {n:,} training samples, batches of {bs}, rate {lr}, {args.seeds} seeds{f' from {args.first} on' if args.first else ''}; {machine().rpartition(';')[0]}; fastai_is {fastai_is.__version__}"

@@ -40,13 +40,7 @@ and all others are measured. So that each keeps exactly 43 of 128:
 tsai and Composer score in training mode (so that BatchNorm's running statistics see each batch twice), ours and the ideal in evaluation mode. Ours scores
 in bfloat16 where the processor is made for it; in the first part, rows and targets of their own have it in 32 bits, as all others do.
 
-Install the rivals in an environment of their own that has fastai_is. tsai asks for an older scikit-learn and Composer for older releases of torch,
-NumPy and Pillow, but what is measured here runs with newer ones, so that all have the same torch. `pip` warns of the pins, and no more:
-
-    pip install opacus datacull
-    pip install --no-deps tsai mosaicml mosaicml-cli==0.7.5
-    pip install py-cpuinfo 'torchmetrics<1.7.5' 'torch_optimizer<0.4' coolname tabulate 'importlib-metadata<9' \\
-        backoff 'gql<4' argcomplete ruamel.yaml termcolor validators 'questionary<2.1' rich protobuf psutil
+Install the rivals in an environment of their own that has fastai_is, as nbs/27_rivals.ipynb says.
 """
 import argparse, io, os, shlex, sys, tempfile, time, warnings
 from copy import deepcopy

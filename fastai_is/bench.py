@@ -43,6 +43,7 @@ from .callback.ranked import OnlineBatchSelection, PrioritizedSampling
 from .callback.selective import SelectiveBackprop
 from .data import balanced_ids, cifar10, fashion_mnist, mnist
 from .demo import small_convnet
+from .rivals import ComposerSelective, DatacullRCAP, tsai_filter
 from .variance import fwd_bwd_cost
 
 # %% ../nbs/26_bench.ipynb #d6267c18
@@ -104,7 +105,8 @@ PROBLEMS = dict(mnist=mnist_problem, fashion_mnist=fashion_mnist_problem, cifar1
 _kath18 = partial(ImportanceCB, seat='batch', bias=1., smooth=0.)
 METHODS = dict(plain=None, random=RandomSubset, importance=ImportanceCB, blf=BatchLossFilter,
     sb=SelectiveBackprop, stale_sb=partial(SelectiveBackprop, every=3), kath18_3=partial(_kath18, pool=3), kath18_5=partial(_kath18, pool=5),
-    infobatch=SoftPrune, online_batch=OnlineBatchSelection, prioritized=PrioritizedSampling)
+    infobatch=SoftPrune, online_batch=OnlineBatchSelection, prioritized=PrioritizedSampling,
+    tsai=tsai_filter, composer=ComposerSelective, datacull=DatacullRCAP)
 
 # %% ../nbs/26_bench.ipynb #e499a218
 _shown = str,int,float,tuple,list

@@ -30,7 +30,7 @@ def parser()->argparse.ArgumentParser:
         'learning rate. Goes on where it was interrupted. Saves runs.parquet, table.md and frontier.png.')
     b.add_argument('--data', default='mnist', help='mnist, fashion_mnist or cifar10')
     b.add_argument('--methods', default='plain,importance,blf', help='with commas between them, out of plain, random, importance, blf, sb, stale_sb, kath18_3, kath18_5, '
-        'infobatch, online_batch, prioritized; plain and random are always run, and random keeps as much as the first of the others')
+        'infobatch, online_batch, prioritized, tsai, composer, datacull; plain and random are always run, and random keeps as much as the first of the others')
     b.add_argument('--budgets', type=_numbers, default='1,2,4,8', help='epochs, with commas between them; the learning rate is decayed to zero in each')
     b.add_argument('--seeds', type=int, default=5, help='how many seeds')
     b.add_argument('--n', type=int, default=None, help='training samples; by default all')

@@ -24,7 +24,7 @@ def one_of_each():
     ideas = next(o.value for o in code.body if isinstance(o, ast.Assign) and o.targets[0].id == "IDEAS").values
     keys, chosen = set(), []
     for i, o in enumerate(ideas):
-        new = {k.arg for k in o.keywords} if isinstance(o, ast.Call) else set()
+        new = {k.arg for k in o.keywords} if isinstance(o, ast.Call) else {o.id} if isinstance(o, ast.Name) else set()
         if new-keys or not i: chosen.append(i)
         keys |= new
     return chosen
