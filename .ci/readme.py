@@ -11,7 +11,7 @@ def readme():
         if not src or src.startswith('#| hide'): continue
         parts.append(src if c['cell_type'] == 'markdown' else f'```python\n{src}\n```')
     text = '\n\n'.join(parts)+'\n' # links in the notebook start from its own folder
-    return re.sub(r'\]\((\d\d_|analysis/)', r'](nbs/\1', text).replace('](../', '](')
+    return re.sub(r'\]\((\d\d[a-z]?_|analysis/)', r'](nbs/\1', text).replace('](../', '](')
 
 
 if __name__ == '__main__': (ROOT/'README.md').write_text(readme(), encoding='utf-8')

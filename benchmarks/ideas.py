@@ -46,7 +46,7 @@ class Idea(ImportanceCB):
         self.blind = blind           # choose by chance, as many as importance would
         self.lr_power = lr_power     # learning rate times share**lr_power
         self.lr_times = lr_times     # learning rate times this
-        self.mom_power = mom_power   # momentum to the power of (batches that a step stands for)**mom_power: 1 forgets as fast by samples offered, not by steps
+        self.mom_power = mom_power   # momentum to the power of (batches that a step stands for)**mom_power: 1 forgets as fast by samples offered, not by steps (Adam's mean of squares still goes by steps)
         self.refresh = refresh       # BatchNorm's running statistics anew at the end, from 4,096 samples
         self.forecasts = forecasts   # go by what scores like the remembered one turned out to be in the last epoch
         self.fresh = fresh           # in the first epoch of several, choose within each batch by a fresh score, where that pays
@@ -192,6 +192,8 @@ IDEAS = {
     'momentum by the batches that a step stands for': dict(prefilter=3, bf16=None, mom_power=1.),
     'momentum by the root of the batches that a step stands for': dict(prefilter=3, bf16=None, mom_power=.5),
     'a tiny network chooses from three batches': ProxyScore,
+    'less weight, bias 0.25': dict(prefilter=3, bf16=None, bias=.25),
+    'a tenth of the probability uniform': dict(prefilter=3, bf16=None, smooth=.1),
 }
 def make(idea): return Idea(**idea) if isinstance(idea, dict) else idea()
 SETTINGS = dict(mnist=(128,6.4e-2), fashion_mnist=(128,6.4e-2), cifar10=(32,2e-2))

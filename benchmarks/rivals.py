@@ -40,7 +40,7 @@ and all others are measured. So that each keeps exactly 43 of 128:
 tsai and Composer score in training mode (so that BatchNorm's running statistics see each batch twice), ours and the ideal in evaluation mode. Ours scores
 in bfloat16 where the processor is made for it; in the first part, rows and targets of their own have it in 32 bits, as all others do.
 
-Install the rivals in an environment of their own that has fastai_is, as nbs/27_rivals.ipynb says.
+Install the rivals in an environment of their own that has fastai_is, as nbs/25a_rivals.ipynb says.
 """
 import argparse, io, os, shlex, sys, tempfile, time, warnings
 from copy import deepcopy

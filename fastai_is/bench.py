@@ -143,7 +143,8 @@ def describe(
     params = [p for p in inspect.signature(type(cb).__init__).parameters.values() if p.name!='self' and p.kind not in (p.VAR_POSITIONAL,p.VAR_KEYWORD)]
     names = [p.name for p in params if p.name in vars(cb)]
     if len(names)<len(params): names += [k for k,v in vars(cb).items() if k not in names and k[0]!='_' and isinstance(v, _shown)] # it keeps settings by other names
-    return f"{type(cb).__name__}({', '.join(f'{k}={show(getattr(cb, k))}' for k in names)})"
+    package = f" of {cb.package}" if 'package' in vars(cb) else '' # another package's, whose version matters
+    return f"{type(cb).__name__}({', '.join(f'{k}={show(getattr(cb, k))}' for k in names)}){package}"
 
 # %% ../nbs/26_bench.ipynb #97c30af2
 @contextmanager

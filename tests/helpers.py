@@ -40,4 +40,10 @@ class Watch(Callback):
     def before_batch(self): self.ids[-1].append(ids_of(self.xb)); self.lrs.append(self.opt.hypers[-1]['lr'])
     def after_loss(self): self.train_losses.append(self.learn.loss.item()); self.grad_losses.append(self.learn.loss_grad.item())
 
+class BF16(MixedPrecision):
+    "fastai's own only autocasts CUDA"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast, self.learn.scaler = torch.autocast('cpu', dtype=torch.bfloat16), torch.amp.GradScaler('cpu', enabled=False)
+
 for o in [o for o in globals() if o=='test' or o.startswith('test_')]: del globals()[o] # fastcore's, which pytest would take for tests

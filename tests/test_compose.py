@@ -3,16 +3,9 @@ import warnings
 
 import pytest, torch
 from helpers import *
-from fastai.callback.fp16 import MixedPrecision
 
 METHODS = dict(epoch=lambda: ImportanceCB(keep=.3, gate=None), batch=lambda: ImportanceCB(keep=.3, gate=None, seat='batch'),
     two_stages=lambda: ImportanceCB(limit=50., floor=.1, least=1), loss=lambda: ImportanceCB(keep=.3, gate=None, seat='loss'), filter=lambda: BatchLossFilter(.6, gate=None))
-
-class BF16(MixedPrecision):
-    "fastai's own only autocasts CUDA"
-    def before_fit(self):
-        super().before_fit()
-        self.autocast, self.learn.scaler = torch.autocast('cpu', dtype=torch.bfloat16), torch.amp.GradScaler('cpu', enabled=False)
 
 def digits(**kw): return Learner(mnist(n=300), nn.Sequential(Flatten(), nn.Linear(784, 10)), metrics=accuracy, **kw)
 

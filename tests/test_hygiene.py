@@ -8,7 +8,7 @@ from fastcore.nbio import read_nb
 ROOT = Path(__file__).resolve().parent.parent
 NBS = [f for f in sorted((ROOT/"nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in f.parts]
 MODULES = [f for f in sorted((ROOT/"fastai_is").rglob("*.py")) if f.name not in ("__init__.py", "_modidx.py")]
-PROGRAMS = {"fastai_is.cli", "fastai_is.demo", "fastai_is.analysis", "fastai_is.bench"}  # run, or used by notebooks that name them: no part of `fastai_is.all`
+PROGRAMS = {"fastai_is.cli", "fastai_is.demo", "fastai_is.analysis", "fastai_is.bench", "fastai_is.rivals"}  # run, or used by notebooks that name them: no part of `fastai_is.all`
 
 def path_id(f): return f.relative_to(ROOT).as_posix()
 
