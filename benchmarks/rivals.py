@@ -266,14 +266,18 @@ def right(name, sizes):
 
 # Measuring
 
-def alternate(ways, which, check=True):
+raw = [] # what was measured: a row for each way and round
+
+def alternate(ways, which, about, check=True):
     "Seconds `[rounds]` of each way; `which` of the results. Another way begins each round, so that none always follows the same one"
     names,res = list(ways),{k:[] for k in ways}
     for r in range(-2, args.rounds): # two rounds to warm up
         for k in names[r%len(names):]+names[:r%len(names)]:
             out = ways[k]()
             if check and not right(k, out[2]): raise RuntimeError(f'{k} trained on batches of {out[2]}, which is not what is to be compared')
-            if r>=0: res[k].append(out[which])
+            if r<0: continue
+            res[k].append(out[which])
+            raw.append(dict(about, way=k, round=r, seconds=out[which]))
     return {k:np.array(v) for k,v in res.items()}
 
 lines,found = [],{} # what is written, and for its summary: (what, as it is wanted) to what came out, by network
@@ -301,7 +305,7 @@ summary_at = len(lines)
 
 say('\n## 1. A step at a third, in the batch')
 for name,(net,data) in nets.items():
-    ts = alternate(batch_ways(net, data['as they come']), 0)
+    ts = alternate(batch_ways(net, data['as they come']), 0, dict(part='step', network=name, batches='as they come'))
     head(name, 'ms', 'over ideal (a)', 'ImportanceCB over it')
     for k,t in ts.items(): row(k, f'{1e3*np.median(t):.2f}', ratio(t, ts[HAND]), ratio(ts[OURS], t))
     for ours in (OURS,OURS32,BLF,BLF32):
@@ -320,7 +324,7 @@ for name,(net,data) in nets.items():
             if args.steps>=3: ways[WHOLE] = in_fastai(net, dls, ImportanceCB(keep=K/BS, gate=None, least=BS)) # of fewer there is none
             ways.update({k:f for k,f in batch_ways(net, dls).items() if k in (HAND,TSAI,COMPOSER,PLAIN)})
             if get('datacull') and kind=='as they come': ways[DATACULL] = with_datacull(net, dls, folder)
-            ts = alternate(ways, 1)
+            ts = alternate(ways, 1, dict(part='epoch', network=name, batches=kind))
         head(f'{name}, batches {kind}', 'ms', 'over our epoch seat', 'over it with whole batches', 'over plain fastai')
         for k,t in ts.items(): row(k, f'{1e3*np.median(t):.1f}', *(ratio(t, ts[o]) if o in ts else '' for o in (EPOCH,WHOLE,PLAIN)))
         for k in (TSAI,COMPOSER):
@@ -379,7 +383,7 @@ for name,(net,data) in nets.items():
         ways['Opacus, by backward()'],ways["Opacus, without the parameters' gradients"] = (ghost(model, x, y, kind) for kind in (False,True))
         for k in list(ways)[-2:]: torch.testing.assert_close(ways[k]()[1], ways['grad_norms']()[1], rtol=1e-3, atol=1e-6)
     many = {k:lambda f=f: (np.median([f()[0] for _ in range(args.steps)]),) for k,f in ways.items()}
-    ts = alternate(many, 0, check=False)
+    ts = alternate(many, 0, dict(part='norms', network=name, batches='as they come'), check=False)
     head(name, 'ms', 'grad_norms over it')
     for k,t in ts.items(): row(k, f'{1e3*np.median(t):.2f}', ratio(ts['grad_norms'], t))
     for k in ts:
@@ -393,3 +397,4 @@ if args.out:
     args.out.mkdir(parents=True, exist_ok=True)
     order = lines[:summary_at]+lines[details_to:]+lines[summary_at:details_to] # what matters first
     (args.out/'rivals.md').write_text('\n'.join(order)+'\n', encoding='utf-8')
+    pd.DataFrame(raw).to_csv(args.out/'rivals.csv', index=False, float_format='%.6g')
