@@ -214,8 +214,12 @@ def test_a_package_that_is_missing_or_broken(monkeypatch, make, tmp_path):
     names, shown = dict(tsai_filter='tsai', ComposerSelective='composer', DatacullRCAP='datacull'), dict(tsai_filter='tsai', ComposerSelective='mosaicml', DatacullRCAP='datacull')
     for name in (names[make.__name__], *(o for o in sys.modules if o.startswith(names[make.__name__]+'.'))): monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=f'{shown[make.__name__]} cannot be imported .*25a_rivals'): make()
-    def broken(): raise AttributeError('no such thing\nat all')
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    def broken():
+        torch.rand(3), np.random.rand(3)
+        raise AttributeError('no such thing\nat all')
     with pytest.raises(ImportError, match=r'somebody cannot be imported \(AttributeError: no such thing\)\. The notebook 25a'): import_rival('somebody', broken)
+    assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1], 'what it drew is put back'
     pytest.importorskip('pyarrow.parquet')
     monkeypatch.setattr(bench, 'plot_frontier', lambda *_: bench.plt.figure())
     problem = Problem('clouds', 'two layers', lambda bs: Learner(make_dls(bs, 300), make_net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy), 1e-2, 64)
@@ -248,7 +252,6 @@ def test_the_real_one(name, scored, trained):
 @here('datacull')
 def test_the_real_rcap_goes_by_the_losses_remembered():
     "Those it has never seen count as a loss of log 5, the others as theirs, and no more than that"
-    import datacull
     said = []
     class Noted(DatacullRCAP):
         def plan(self, ids, bs):
